@@ -1,0 +1,197 @@
+//! What every request passes before it reaches a route: a request id, who may ask (Host, Origin, API key), and errors
+//! in one shape.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use subtle::ConstantTimeEq;
+
+use crate::Options;
+use crate::error::ApiError;
+
+/// Admits or refuses the request and gives the response its `x-request-id`.
+pub async fn guard(State(options): State<Arc<Options>>, request: Request, next: Next) -> Response {
+    let response = match admit(&options, &request) {
+        Ok(()) => in_one_shape(next.run(request).await),
+        Err(error) => error.into_response(),
+    };
+    with_request_id(response)
+}
+
+fn admit(options: &Options, request: &Request) -> Result<(), ApiError> {
+    let headers = request.headers();
+    if options.loopback_only {
+        check_host(headers, request.uri().authority())?;
+    }
+    check_origin(headers, request.method())?;
+    // Readiness probes have no key, and learn nothing but the readiness.
+    if request.uri().path() != "/health" {
+        check_key(options, headers)?;
+    }
+    Ok(())
+}
+
+fn forbidden(code: &'static str, message: String) -> ApiError {
+    ApiError::new(StatusCode::FORBIDDEN, Some(code), message)
+}
+
+/// A page of another site can make its own name resolve to 127.0.0.1 (DNS rebinding); its requests then still
+/// carry that name.
+fn check_host(headers: &HeaderMap, authority: Option<&Authority>) -> Result<(), ApiError> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    match (headers.contains_key(header::HOST), host.as_ref().or(authority)) {
+        (true, Some(host)) if is_loopback(host.host()) => Ok(()),
+        // HTTP/1.0 has no Host; browsers always send one.
+        (false, None) => Ok(()),
+        (false, Some(host)) if is_loopback(host.host()) => Ok(()),
+        (_, host) => {
+            let found = host.map_or("something unreadable", |host| host.as_str());
+            Err(forbidden(
+                "host_not_allowed",
+                format!(
+                    "this server listens on this computer only, and the request was meant for '{found}'; \
+                     address it as localhost, 127.0.0.1 or [::1]"
+                ),
+            ))
+        }
+    }
+}
+
+/// Pages of other sites must not change anything, even where browsers send the request without asking first.
+fn check_origin(headers: &HeaderMap, method: &Method) -> Result<(), ApiError> {
+    if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
+        return Ok(());
+    }
+    let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    let authority = origin.to_str().ok().and_then(|text| text.split_once("://")?.1.parse::<Authority>().ok());
+    let own = headers.get(header::HOST).map(HeaderValue::as_bytes);
+    match authority {
+        Some(authority) if is_loopback(authority.host()) || own == Some(authority.as_str().as_bytes()) => Ok(()),
+        _ => Err(forbidden(
+            "origin_not_allowed",
+            format!("web pages of {origin:?} may not use this server; call it from a program or from a local page"),
+        )),
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn check_key(options: &Options, headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(key) = &options.api_key else { return Ok(()) };
+    let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    let given = given.and_then(|value| match value.split_at_checked(7) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => Some(token.trim_ascii()),
+        _ => None,
+    });
+    match given {
+        Some(given) if bool::from(given.ct_eq(key.as_bytes())) => Ok(()),
+        given => {
+            let what = if given.is_some() { "the API key is not the server's" } else { "this server needs an API key" };
+            let message = format!("{what}: send the header 'Authorization: Bearer KEY'");
+            Err(ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message))
+        }
+    }
+}
+
+/// Errors that the framework made itself (a broken path, for one) are plain text: clients get them as JSON too.
+fn in_one_shape(response: Response) -> Response {
+    let status = response.status();
+    let is_error = status.is_client_error() || status.is_server_error();
+    let is_text = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_none_or(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !is_error || !is_text {
+        return response;
+    }
+    let reason = status.canonical_reason().unwrap_or("error");
+    ApiError::new(status, None, format!("the request could not be understood: {reason}")).into_response()
+}
+
+fn with_request_id(mut response: Response) -> Response {
+    match crate::random_u64().and_then(|number| {
+        HeaderValue::try_from(format!("req_{number:016x}"))
+            .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, None, error.to_string()))
+    }) {
+        Ok(id) => {
+            response.headers_mut().insert("x-request-id", id);
+            response
+        }
+        Err(error) => error.into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::body::Body;
+    use axum::routing::any;
+    use tower::ServiceExt;
+
+    async fn ask(options: Options, method: Method, headers: &[(&str, &str)]) -> Response {
+        let router = Router::new()
+            .route("/", any(async || "fine"))
+            .route("/teapot", any(async || (StatusCode::IM_A_TEAPOT, "plain")))
+            .layer(axum::middleware::from_fn_with_state(Arc::new(options), guard));
+        let mut request = Request::builder().method(method).uri("/");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
+    }
+
+    fn local() -> Options {
+        Options { loopback_only: true, ..Options::default() }
+    }
+
+    #[tokio::test]
+    async fn a_loopback_server_answers_only_to_loopback_names() {
+        for host in ["localhost", "localhost:8642", "127.0.0.1:1", "[::1]:8642", "LOCALHOST:5"] {
+            assert_eq!(ask(local(), Method::GET, &[("host", host)]).await.status(), 200, "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example:8642", "10.0.0.1", "127.0.0.1.nip.io"] {
+            assert_eq!(ask(local(), Method::GET, &[("host", host)]).await.status(), 403, "{host}");
+        }
+        assert_eq!(ask(Options::default(), Method::GET, &[("host", "box.lan")]).await.status(), 200);
+    }
+
+    #[tokio::test]
+    async fn a_foreign_web_page_may_change_nothing() {
+        let foreign = [("host", "localhost:1"), ("origin", "https://evil.example")];
+        assert_eq!(ask(local(), Method::POST, &foreign).await.status(), 403);
+        assert_eq!(ask(local(), Method::POST, &[("host", "localhost:1"), ("origin", "null")]).await.status(), 403);
+        let own = [("host", "localhost:1"), ("origin", "http://localhost:3000")];
+        assert_eq!(ask(local(), Method::POST, &own).await.status(), 200);
+    }
+
+    #[tokio::test]
+    async fn the_key_is_asked_for_and_compared() {
+        let locked = || Options { api_key: Some("secret".into()), ..Options::default() };
+        assert_eq!(ask(locked(), Method::GET, &[]).await.status(), 401);
+        assert_eq!(ask(locked(), Method::GET, &[("authorization", "Bearer wrong")]).await.status(), 401);
+        assert_eq!(ask(locked(), Method::GET, &[("authorization", "bearer secret")]).await.status(), 200);
+    }
+
+    #[tokio::test]
+    async fn every_response_has_its_own_request_id() {
+        let one = ask(local(), Method::GET, &[]).await.headers()["x-request-id"].clone();
+        let other = ask(local(), Method::GET, &[("host", "evil.example")]).await.headers()["x-request-id"].clone();
+        assert_ne!(one, other);
+    }
+
+    #[test]
+    fn plain_text_errors_become_openais_shape() {
+        let response = in_one_shape((StatusCode::BAD_REQUEST, "no").into_response());
+        assert_eq!(response.headers()[header::CONTENT_TYPE], "application/json");
+        assert_eq!(in_one_shape("fine".into_response()).headers()[header::CONTENT_TYPE], "text/plain; charset=utf-8");
+    }
+}

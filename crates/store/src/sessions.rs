@@ -1,0 +1,256 @@
+//! A session's own row: who it belongs to, how long its log is, who may write it, and where its KV path ends.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use crate::StoreError;
+use crate::checksum::RowChecksum;
+
+/// One session. Times are milliseconds since the epoch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionRow {
+    pub id: String,
+    pub tenant: String,
+    /// A label, unique within the tenant.
+    pub name: Option<String>,
+    /// Made by a chat request for itself; hidden from lists unless asked for.
+    pub implicit: bool,
+    pub created_ms: u64,
+    pub last_active_ms: u64,
+    /// When the sweeper may delete it.
+    pub expires_ms: Option<u64>,
+    /// Fencing number of the present (or last) lease.
+    pub fence: u64,
+    pub active_turn: Option<String>,
+    /// Why the last turn failed, if it did.
+    pub error: Option<String>,
+    /// Durable tokens in the log.
+    pub log_len: usize,
+    /// Rows of these kinds that the session has; a row that is missing is damage, and seen.
+    pub items: usize,
+    pub turns: usize,
+    pub events: u64,
+    pub page_file: Option<i64>,
+    /// The slot of the last page of the session's path; derived data, as is `kv_len`.
+    pub leaf_slot: Option<u32>,
+    pub kv_len: usize,
+}
+
+/// Which sessions a list is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatusFilter {
+    Idle,
+    InProgress,
+    Failed,
+}
+
+impl SessionRow {
+    fn checksum(&self) -> u32 {
+        RowChecksum::of("sessions")
+            .text(&self.id)
+            .text(&self.tenant)
+            .optional(self.name.as_deref())
+            .number(i64::from(self.implicit))
+            .number(self.created_ms as i64)
+            .number(self.last_active_ms as i64)
+            .number(self.expires_ms.map_or(-1, |at| at as i64))
+            .number(self.fence as i64)
+            .optional(self.active_turn.as_deref())
+            .optional(self.error.as_deref())
+            .number(self.log_len as i64)
+            .number(self.items as i64)
+            .number(self.turns as i64)
+            .number(self.events as i64)
+            .finish()
+    }
+
+    pub(crate) fn check_fence(&self, fence: u64) -> Result<(), StoreError> {
+        match self.fence == fence {
+            true => Ok(()),
+            false => Err(StoreError::LeaseLost { session: self.id.clone(), fence, found: self.fence }),
+        }
+    }
+
+    pub(crate) fn check_idle(&self) -> Result<(), StoreError> {
+        match &self.active_turn {
+            None => Ok(()),
+            Some(turn) => Err(StoreError::Busy { session: self.id.clone(), turn: turn.clone() }),
+        }
+    }
+}
+
+const COLUMNS: &str = "id, tenant, name, implicit, created_ms, last_active_ms, expires_ms, fence, active_turn, error,
+    log_len, items, turns, events, page_file, leaf_slot, kv_len, checksum";
+
+fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
+    let session = SessionRow {
+        id: row.get(0)?,
+        tenant: row.get(1)?,
+        name: row.get(2)?,
+        implicit: row.get(3)?,
+        created_ms: row.get(4)?,
+        last_active_ms: row.get(5)?,
+        expires_ms: row.get(6)?,
+        fence: row.get(7)?,
+        active_turn: row.get(8)?,
+        error: row.get(9)?,
+        log_len: row.get(10)?,
+        items: row.get(11)?,
+        turns: row.get(12)?,
+        events: row.get(13)?,
+        page_file: row.get(14)?,
+        leaf_slot: row.get(15)?,
+        kv_len: row.get(16)?,
+    };
+    if session.checksum() != row.get::<_, u32>(17)? {
+        return Err(StoreError::Damaged(format!("the row of session '{}' fails its checksum", session.id)));
+    }
+    Ok(session)
+}
+
+fn select(db: &Connection, condition: &str, values: &[&dyn rusqlite::ToSql]) -> Result<Vec<SessionRow>, StoreError> {
+    let mut statement = db.prepare_cached(&format!("SELECT {COLUMNS} FROM sessions WHERE {condition}"))?;
+    let mut rows = statement.query(values)?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(parse(row)?);
+    }
+    Ok(found)
+}
+
+pub(crate) fn load(db: &Connection, id: &str) -> Result<SessionRow, StoreError> {
+    select(db, "id = ?1", &[&id])?.pop().ok_or_else(|| StoreError::SessionNotFound(id.to_owned()))
+}
+
+/// By id, else by name, within one tenant.
+pub(crate) fn find(db: &Connection, tenant: &str, id_or_name: &str) -> Result<SessionRow, StoreError> {
+    select(db, "tenant = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2", &[&tenant, &id_or_name])?
+        .pop()
+        .ok_or_else(|| StoreError::SessionNotFound(id_or_name.to_owned()))
+}
+
+/// Newest first, after the session `after` if given.
+pub(crate) fn list(
+    db: &Connection,
+    tenant: &str,
+    after: Option<&str>,
+    limit: usize,
+    status: Option<StatusFilter>,
+    implicit: bool,
+) -> Result<Vec<SessionRow>, StoreError> {
+    let status = match status {
+        None => "1 = 1",
+        Some(StatusFilter::Idle) => "active_turn IS NULL AND error IS NULL",
+        Some(StatusFilter::InProgress) => "active_turn IS NOT NULL",
+        Some(StatusFilter::Failed) => "active_turn IS NULL AND error IS NOT NULL",
+    };
+    let (created, id) = match after {
+        Some(after) => {
+            let row = find(db, tenant, after)?;
+            (row.created_ms, row.id)
+        }
+        None => (i64::MAX as u64, String::new()),
+    };
+    select(
+        db,
+        &format!(
+            "tenant = ?1 AND (implicit = 0 OR ?2) AND {status} AND (created_ms < ?3 OR (created_ms = ?3 AND id < ?4))
+             ORDER BY created_ms DESC, id DESC LIMIT ?5"
+        ),
+        &[&tenant, &implicit, &created, &id, &limit],
+    )
+}
+
+/// Sessions with a turn in progress: what a start after a crash goes on with.
+pub(crate) fn interrupted(db: &Connection) -> Result<Vec<SessionRow>, StoreError> {
+    select(db, "active_turn IS NOT NULL ORDER BY last_active_ms, id", &[])
+}
+
+/// Idle sessions whose time is up.
+pub(crate) fn expired(db: &Connection, now_ms: u64, limit: usize) -> Result<Vec<SessionRow>, StoreError> {
+    select(
+        db,
+        "expires_ms IS NOT NULL AND expires_ms <= ?1 AND active_turn IS NULL ORDER BY expires_ms LIMIT ?2",
+        &[&now_ms, &limit],
+    )
+}
+
+/// Every session, for a check of the whole database.
+pub(crate) fn all(db: &Connection) -> Result<Vec<SessionRow>, StoreError> {
+    select(db, "1 = 1 ORDER BY id", &[])
+}
+
+/// (in progress, failed, idle).
+pub(crate) fn counts(db: &Connection) -> Result<(u64, u64, u64), StoreError> {
+    Ok(db.query_row(
+        "SELECT COUNT(*) FILTER (WHERE active_turn IS NOT NULL),
+                COUNT(*) FILTER (WHERE active_turn IS NULL AND error IS NOT NULL),
+                COUNT(*) FILTER (WHERE active_turn IS NULL AND error IS NULL) FROM sessions",
+        [],
+        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+    )?)
+}
+
+/// Inserts or replaces the session's row. A name of another session is `NameTaken`.
+pub(crate) fn save(db: &Connection, session: &SessionRow) -> Result<(), StoreError> {
+    let values = params![
+        session.id,
+        session.tenant,
+        session.name,
+        session.implicit,
+        session.created_ms,
+        session.last_active_ms,
+        session.expires_ms,
+        session.fence,
+        session.active_turn,
+        session.error,
+        session.log_len,
+        session.items,
+        session.turns,
+        session.events,
+        session.page_file,
+        session.leaf_slot,
+        session.kv_len,
+        session.checksum(),
+    ];
+    db.prepare_cached(&format!(
+        "INSERT INTO sessions ({COLUMNS})
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
+         ON CONFLICT (id) DO UPDATE SET tenant = ?2, name = ?3, implicit = ?4, created_ms = ?5, last_active_ms = ?6,
+             expires_ms = ?7, fence = ?8, active_turn = ?9, error = ?10, log_len = ?11, items = ?12, turns = ?13,
+             events = ?14, page_file = ?15, leaf_slot = ?16, kv_len = ?17, checksum = ?18"
+    ))?
+    .execute(values)?;
+    Ok(())
+}
+
+pub(crate) fn check_name(db: &Connection, tenant: &str, name: &str, own_id: &str) -> Result<(), StoreError> {
+    let taken = select(db, "tenant = ?1 AND name = ?2 AND id <> ?3", &[&tenant, &name, &own_id])?;
+    match taken.is_empty() {
+        true => Ok(()),
+        false => Err(StoreError::NameTaken(name.to_owned())),
+    }
+}
+
+pub(crate) fn put_settings(db: &Connection, session: &str, settings: &str) -> Result<(), StoreError> {
+    db.execute(
+        "INSERT INTO settings (session, settings, checksum) VALUES (?1, ?2, ?3)
+         ON CONFLICT (session) DO UPDATE SET settings = ?2, checksum = ?3",
+        params![session, settings, settings_checksum(session, settings)],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn settings(db: &Connection, session: &str) -> Result<String, StoreError> {
+    let found = db
+        .prepare_cached("SELECT settings, checksum FROM settings WHERE session = ?1")?
+        .query_row([session], |row| Ok((row.get::<_, String>(0)?, row.get::<_, u32>(1)?)))
+        .optional()?;
+    match found {
+        Some((settings, sum)) if sum == settings_checksum(session, &settings) => Ok(settings),
+        _ => Err(StoreError::Damaged(format!("the settings of session {session} are missing or fail their checksum"))),
+    }
+}
+
+fn settings_checksum(session: &str, settings: &str) -> u32 {
+    RowChecksum::of("settings").text(session).text(settings).finish()
+}

@@ -1,0 +1,37 @@
+//! Kernels for the CPU: one body of arithmetic, instantiated per instruction-set tier.
+//!
+//! Each kernel is written once over [`lanes::Lanes`], sixteen f32 lanes with a fixed order of reduction, and
+//! compiled for every tier; [`Cpu`] holds the tier chosen at start and the thread pool.
+
+pub mod attention;
+mod decode;
+mod isa;
+mod lanes;
+pub mod matmul;
+pub mod norm;
+mod pool;
+pub mod rope;
+
+pub use isa::Isa;
+pub use pool::Pool;
+
+/// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
+pub const KERNELS_VERSION: u32 = 1;
+
+/// Where CPU kernels run: an instruction-set tier and a pool of threads.
+pub struct Cpu {
+    pub isa: Isa,
+    pub pool: Pool,
+}
+
+impl Cpu {
+    /// `threads` counts the calling thread. Fails when `DORMOUSE_ISA` names no tier of this machine.
+    pub fn new(threads: usize) -> Result<Cpu, String> {
+        Ok(Cpu { isa: Isa::from_environment()?, pool: Pool::new(threads) })
+    }
+
+    /// Identity of the bits these kernels produce: version and tier. Threads do not matter.
+    pub fn numerics(&self) -> String {
+        format!("cpu{KERNELS_VERSION}-{}", self.isa.name())
+    }
+}
