@@ -1,4 +1,5 @@
 //! The scalar decoders against the PyPI package `gguf` (vectors made by `make_quant_goldens.py`).
+#![allow(clippy::unwrap_used)]
 
 use dormouse_kernels::GgmlType;
 use dormouse_kernels::quant::dequantize;

@@ -17,14 +17,7 @@ const JSON_ARCHITECTURES: [&str; 2] = ["LlamaForCausalLM", "MistralForCausalLM"]
 /// Sizes beyond any real model, against nonsense that would exhaust memory.
 const LARGEST_SIZE: usize = 1 << 24;
 
-/// Which values of a head a rotation turns together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeKind {
-    /// Neighbours `(2i, 2i + 1)`: GGUF files of the llama family, whose Q and K rows are permuted for it.
-    Interleaved,
-    /// The halves `(i, i + dims / 2)`: Hugging Face checkpoints.
-    Half,
-}
+pub use dormouse_kernels::cpu::rope::RopeKind;
 
 /// How rotation frequencies are changed to reach beyond the trained context.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +26,12 @@ pub enum RopeScaling {
     /// Every frequency divided by this factor.
     Linear(f32),
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 { factor: f32, low_freq_factor: f32, high_freq_factor: f32, original_context: usize },
+    Llama3 {
+        factor: f32,
+        low_freq_factor: f32,
+        high_freq_factor: f32,
+        original_context: usize,
+    },
     /// Each frequency divided by a factor of its own (`[dims / 2]`, the tensor `rope_freqs.weight`).
     Factors(Vec<f32>),
 }
@@ -292,8 +290,10 @@ impl ModelConfig {
         }
         // Newer files put theta and scaling into one object, `rope_parameters`.
         let rope = json.get("rope_parameters").or(json.get("rope_scaling")).and_then(Value::as_object);
-        let theta = number("rope_theta")
-            .or(rope.and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64).map(|theta| theta as f32));
+        let theta = number("rope_theta").or(rope
+            .and_then(|rope| rope.get("rope_theta"))
+            .and_then(Value::as_f64)
+            .map(|theta| theta as f32));
         let config = ModelConfig {
             architecture: architecture.to_owned(),
             vocab: required("vocab_size")?,
@@ -304,7 +304,8 @@ impl ModelConfig {
             kv_heads: optional("num_key_value_heads").unwrap_or(heads),
             head_dim,
             d_ff: required("intermediate_size")?,
-            norm_eps: number("rms_norm_eps").ok_or_else(|| ModelError::missing_metadata(path, "rms_norm_eps"))?,
+            norm_eps: number("rms_norm_eps")
+                .ok_or_else(|| ModelError::missing_metadata(path, "rms_norm_eps"))?,
             rope: Rope {
                 kind: RopeKind::Half,
                 theta: theta.unwrap_or(10_000.0),
@@ -342,21 +343,33 @@ impl ModelConfig {
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let (heads, kv_heads) = (self.heads, self.kv_heads);
-            return Err(ModelError::malformed(path, format!("{heads} heads cannot share {kv_heads} key-value heads")));
+            return Err(ModelError::malformed(
+                path,
+                format!("{heads} heads cannot share {kv_heads} key-value heads"),
+            ));
         }
         let dims = self.rope.dims;
-        if dims == 0 || dims % 2 != 0 || dims > self.head_dim {
+        if dims == 0 || !dims.is_multiple_of(2) || dims > self.head_dim {
             let head = self.head_dim;
-            return Err(ModelError::malformed(path, format!("rotation of {dims} of {head} head values is impossible")));
+            return Err(ModelError::malformed(
+                path,
+                format!("rotation of {dims} of {head} head values is impossible"),
+            ));
         }
         if let RopeScaling::Factors(factors) = &self.rope.scaling
             && factors.len() != dims / 2
         {
             let found = factors.len();
-            return Err(ModelError::malformed(path, format!("rope_freqs.weight has {found} values, not {}", dims / 2)));
+            return Err(ModelError::malformed(
+                path,
+                format!("rope_freqs.weight has {found} values, not {}", dims / 2),
+            ));
         }
         if !(self.norm_eps >= 0.0 && self.rope.theta > 0.0 && self.rope.theta.is_finite()) {
-            return Err(ModelError::malformed(path, "the normalisation epsilon or the rope base is not a number"));
+            return Err(ModelError::malformed(
+                path,
+                "the normalisation epsilon or the rope base is not a number",
+            ));
         }
         Ok(())
     }
@@ -426,7 +439,10 @@ mod tests {
         let error = |changes| config(changes).unwrap_err().to_string();
         let unknown = error(serde_json::json!({"architectures": ["MambaForCausalLM"]}));
         assert!(unknown.contains("'MambaForCausalLM'") && unknown.contains("LlamaForCausalLM"));
-        assert!(error(serde_json::json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})).contains("'yarn'"));
+        assert!(
+            error(serde_json::json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
+                .contains("'yarn'")
+        );
         assert!(error(serde_json::json!({"num_key_value_heads": 3})).contains("cannot share"));
         assert!(error(serde_json::json!({"hidden_size": 0})).contains("model width"));
         assert!(error(serde_json::json!({"num_attention_heads": 0})).contains("head count"));

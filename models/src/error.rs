@@ -41,8 +41,7 @@ impl ModelError {
 
     /// An error for a tensor whose type has no decoder; `found` is the type as the file names it.
     pub(crate) fn unsupported_type(path: &Path, tensor: &str, found: String) -> ModelError {
-        let supported: Vec<&str> =
-            dormouse_kernels::GgmlType::ALL.into_iter().map(|ty| ty.name()).collect();
+        let supported: Vec<&str> = dormouse_kernels::GgmlType::ALL.into_iter().map(|ty| ty.name()).collect();
         ModelError::UnsupportedType {
             path: path.to_owned(),
             tensor: tensor.to_owned(),

@@ -116,13 +116,27 @@ impl GgufFile {
     /// The numbers of an array of `u32` or `i32` (whose bits are taken as they are).
     pub fn u32s(&self, key: &str) -> Option<Vec<u32>> {
         let (count, at) = self.array(key, 4).or_else(|| self.array(key, 5))?;
-        Some(self.map[at..at + count * 4].as_chunks().0.iter().map(|chunk| u32::from_le_bytes(*chunk)).collect())
+        Some(
+            self.map[at..at + count * 4]
+                .as_chunks()
+                .0
+                .iter()
+                .map(|chunk| u32::from_le_bytes(*chunk))
+                .collect(),
+        )
     }
 
     /// The numbers of an array of `f32`.
     pub fn f32s(&self, key: &str) -> Option<Vec<f32>> {
         let (count, at) = self.array(key, 6)?;
-        Some(self.map[at..at + count * 4].as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect())
+        Some(
+            self.map[at..at + count * 4]
+                .as_chunks()
+                .0
+                .iter()
+                .map(|chunk| f32::from_le_bytes(*chunk))
+                .collect(),
+        )
     }
 
     /// Count and place of an array whose elements have this GGUF value type.
@@ -237,7 +251,9 @@ impl<'a> Reader<'a> {
     fn name(&mut self, what: &str) -> Result<&'a str, ModelError> {
         let (_, name) = self.string(what)?;
         if name.is_empty() || name.len() as u64 > NAME_LIMIT {
-            return Err(self.malformed(format!("{what} has {} bytes (1 to {NAME_LIMIT} allowed)", name.len())));
+            return Err(
+                self.malformed(format!("{what} has {} bytes (1 to {NAME_LIMIT} allowed)", name.len()))
+            );
         }
         Ok(name)
     }
@@ -256,7 +272,9 @@ impl<'a> Reader<'a> {
                 ));
             }
             _ if matches!(version.swap_bytes(), 1..=3) => {
-                return Err(self.malformed("a big-endian GGUF file is not supported: convert it to little-endian"));
+                return Err(
+                    self.malformed("a big-endian GGUF file is not supported: convert it to little-endian")
+                );
             }
             _ => {
                 return Err(self.malformed(format!("GGUF version {version} is not supported (2 and 3 are)")));
@@ -283,7 +301,9 @@ impl<'a> Reader<'a> {
         }
         let alignment = match metadata.get("general.alignment") {
             None => DEFAULT_ALIGNMENT,
-            Some(&Value::Unsigned(alignment)) if alignment.is_power_of_two() && alignment <= 1 << 20 => alignment,
+            Some(&Value::Unsigned(alignment)) if alignment.is_power_of_two() && alignment <= 1 << 20 => {
+                alignment
+            }
             Some(other) => {
                 return Err(self.malformed(format!("general.alignment is {other:?}, not a power of two")));
             }
@@ -337,7 +357,9 @@ impl<'a> Reader<'a> {
             4..=6 => 4,
             8 | 10..=12 => 8,
             9 => 12,
-            _ => return Err(self.malformed(format!("'{key}' is an array of the unknown value type {element}"))),
+            _ => {
+                return Err(self.malformed(format!("'{key}' is an array of the unknown value type {element}")));
+            }
         };
         let count = self.count(key, size)?;
         let start = self.at;
@@ -366,9 +388,8 @@ impl<'a> Reader<'a> {
         }
         shape.reverse();
         let type_number = self.u32(name)?;
-        let ty = GgmlType::from_gguf(type_number).ok_or_else(|| {
-            ModelError::unsupported_type(self.path, name, type_name(type_number))
-        })?;
+        let ty = GgmlType::from_gguf(type_number)
+            .ok_or_else(|| ModelError::unsupported_type(self.path, name, type_name(type_number)))?;
         let offset = self.u64(name)?;
 
         let values = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size));
@@ -377,7 +398,10 @@ impl<'a> Reader<'a> {
             .filter(|&values| values > 0 && cols % ty.block_len() as u64 == 0)
             .and_then(|values| (values / ty.block_len() as u64).checked_mul(ty.block_bytes() as u64))
             .ok_or_else(|| {
-                self.malformed(format!("tensor '{name}' has the impossible shape {shape:?} for type {}", ty.name()))
+                self.malformed(format!(
+                    "tensor '{name}' has the impossible shape {shape:?} for type {}",
+                    ty.name()
+                ))
             })?;
         if !offset.is_multiple_of(alignment) {
             return Err(self.malformed(format!(

@@ -1,13 +1,26 @@
 //! Open-weight models: files, tokenizer, chat template, and one generic decoder with a description per family.
 
+pub mod catalog;
+pub mod chat_template;
 pub mod config;
+pub mod detokenize;
+pub mod decoder;
 pub mod error;
 pub mod gguf;
+pub mod model;
+pub mod pull;
 pub mod safetensors;
+pub mod source;
+pub mod tokenizer;
 pub mod weights;
 
+pub use chat_template::ChatTemplate;
 pub use config::ModelConfig;
+pub use detokenize::TextStream;
 pub use error::ModelError;
+pub use model::{LoadOptions, Model, hash_weights};
+pub use source::ModelSource;
+pub use tokenizer::{Specials, Tokenizer};
 
 /// A token's number in the model's vocabulary.
 pub type TokenId = u32;

@@ -38,11 +38,15 @@ impl SafetensorsFolder {
             for file in files {
                 // The index is a downloaded file: its names must not lead out of the folder.
                 if Path::new(file).components().count() != 1 || file.starts_with('.') {
-                    return Err(ModelError::malformed(&index_path, format!("'{file}' is not a plain file name")));
+                    return Err(ModelError::malformed(
+                        &index_path,
+                        format!("'{file}' is not a plain file name"),
+                    ));
                 }
                 map_tensors(&path.join(file), &mut tensors)?;
             }
-            if let Some((tensor, _)) = index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name)) {
+            if let Some((tensor, _)) = index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name))
+            {
                 return Err(ModelError::MissingTensor { path: index_path, tensor: tensor.clone() });
             }
         } else {
@@ -75,7 +79,8 @@ impl WeightSource for SafetensorsFolder {
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = std::fs::read(path).map_err(|source| ModelError::io(path, source))?;
-    serde_json::from_slice(&text).map_err(|error| ModelError::malformed(path, format!("not valid JSON: {error}")))
+    serde_json::from_slice(&text)
+        .map_err(|error| ModelError::malformed(path, format!("not valid JSON: {error}")))
 }
 
 /// Adds every tensor of one file.

@@ -1,1 +1,78 @@
-fn main() {}
+//! Dormouse: a serving engine for agents that stop and go on.
+
+#![forbid(unsafe_code)]
+
+mod assemble;
+mod bench;
+mod cli;
+mod client;
+mod commands;
+mod config;
+mod disk;
+mod output;
+mod server;
+mod sizes;
+mod weights;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::config::Config;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(&cli);
+    match start(cli) {
+        Ok(code) => code,
+        // `dormouse sessions ls | head`: the reader has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dormouse: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<std::io::Error>();
+    cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn start(cli: Cli) -> Result<ExitCode> {
+    let config = Config::resolve(&cli.settings)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // HTTP and clients need little; the cores belong to the engine.
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the threads for input and output")?;
+    let result = runtime.block_on(run(cli, config));
+    // A prompt that waits for a line, for one, would hold the process back.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result
+}
+
+async fn run(cli: Cli, config: Config) -> Result<ExitCode> {
+    match cli.command {
+        Command::Serve(arguments) => commands::serve::serve(&config, arguments).await?,
+        Command::Chat(arguments) => commands::chat::chat(&config, arguments).await?,
+        Command::Run(arguments) => commands::run::run(&config, arguments, cli.json).await?,
+        Command::Sessions(arguments) => commands::sessions::sessions(&config, arguments, cli.json).await?,
+        Command::Models(command) => commands::models::models(&config, command, cli.json).await?,
+        Command::Bench(command) => bench::bench(&config, command, cli.json).await?,
+        Command::Doctor => return commands::doctor::doctor(&config, cli.json).await,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Warnings, or what `DORMOUSE_LOG` asks for (`info`, `dormouse_engine=debug`, …).
+fn log_to_stderr(cli: &Cli) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("DORMOUSE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if cli.json { log.json().init() } else { log.with_target(false).init() }
+}

@@ -1,11 +1,20 @@
 //! The serving loop: `schedule → forward → sample → publish → persist`, on one thread per model.
 
+#![forbid(unsafe_code)]
+
 pub mod api;
+mod handle;
 mod output_text;
+mod persist;
 pub mod sampling;
+mod stats;
+mod turn;
+mod worker;
 
 pub use api::{
     EngineError, Event, Finish, FinishReason, Miss, Priority, Receipt, Tier, TokenLogprob, TokenOutput, TurnSpec,
 };
+pub use handle::{Claim, Engine};
 pub use output_text::OutputText;
 pub use sampling::Sampling;
+pub use stats::EngineStats;

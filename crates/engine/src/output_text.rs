@@ -1,22 +1,29 @@
 //! From output tokens to text that may be shown.
 
-use dormouse_models::TokenId;
-use dormouse_models::tokenizer::{TextStream, Tokenizer};
+use std::sync::Arc;
+
+use dormouse_models::{TextStream, TokenId, Tokenizer};
 
 /// Turns a turn's output tokens into text, whole characters at a time, and ends it before a stop string.
 ///
 /// The pieces are a function of the tokens alone: a turn that is read again from its log, or finished after a crash,
 /// comes in the same pieces as when it was generated.
-pub struct OutputText<'a> {
-    stream: TextStream<'a>,
-    stop: &'a [String],
+pub struct OutputText {
+    stream: TextStream,
+    stop: Vec<String>,
     /// Text that may be the beginning of a stop string.
     held: String,
+    stopped: bool,
 }
 
-impl<'a> OutputText<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, stop: &'a [String]) -> OutputText<'a> {
-        OutputText { stream: TextStream::new(tokenizer), stop, held: String::new() }
+impl OutputText {
+    pub fn new(tokenizer: &Arc<Tokenizer>, stop: &[String]) -> OutputText {
+        OutputText {
+            stream: TextStream::new(Arc::clone(tokenizer)),
+            stop: stop.to_vec(),
+            held: String::new(),
+            stopped: false,
+        }
     }
 
     /// The text that became certain, and whether a stop string ended the output.
@@ -25,6 +32,7 @@ impl<'a> OutputText<'a> {
         self.held.push_str(&text);
         if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
             self.held.truncate(at);
+            self.stopped = true;
             return (std::mem::take(&mut self.held), true);
         }
         let keep = self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
@@ -33,9 +41,8 @@ impl<'a> OutputText<'a> {
     }
 
     /// What was held back and no stop string followed; an unfinished character as U+FFFD.
-    pub fn finish(&mut self) -> String {
-        self.held.push_str(&self.stream.finish());
-        std::mem::take(&mut self.held)
+    pub fn finish(self) -> String {
+        if self.stopped { String::new() } else { self.held + &self.stream.finish() }
     }
 }
 

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 pub enum KvError {
     #[error("could not {action} the page file {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("{path} is not a Dormouse page file (wrong magic); set it aside and start again, KV is recomputed")]
+    #[error(
+        "{path} is not a Dormouse page file (wrong magic); set it aside and start again, KV is recomputed"
+    )]
     NotAPageFile { path: PathBuf },
     #[error(
         "the page file {path} is cut off: {bytes} bytes, its header alone takes {header_bytes}; \
@@ -32,7 +34,9 @@ pub enum KvError {
     OtherIdentity { path: PathBuf, what: &'static str },
     #[error("another process uses the page file {path}; stop it, or choose another data directory")]
     Locked { path: PathBuf },
-    #[error("the page layout has no bytes or too many ({page_bytes} bytes a page); check the model's description")]
+    #[error(
+        "the page layout has no bytes or too many ({page_bytes} bytes a page); check the model's description"
+    )]
     Layout { page_bytes: usize },
     #[error(
         "no room for {needed} more KV pages: {slots} slots (quota {quota_slots}), {pinned} in use by running turns; \
@@ -45,14 +49,18 @@ pub enum KvError {
          acknowledge it and try again"
     )]
     AwaitingRemovals { needed: usize, evicted: usize },
-    #[error("the disk is full: the page file {path} could not grow by {bytes} bytes; free space or lower the quota")]
+    #[error(
+        "the disk is full: the page file {path} could not grow by {bytes} bytes; free space or lower the quota"
+    )]
     NoSpace { path: PathBuf, bytes: u64 },
     #[error(
         "an earlier write to the page file {path} failed; nothing more is committed to it until it is reopened and \
          checked: restart"
     )]
     Poisoned { path: PathBuf },
-    #[error("the page file {path} has no page in slot {slot}; look the session's leaf up again from its tokens")]
+    #[error(
+        "the page file {path} has no page in slot {slot}; look the session's leaf up again from its tokens"
+    )]
     UnknownPage { path: PathBuf, slot: u32 },
 }
 

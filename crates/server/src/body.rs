@@ -62,7 +62,8 @@ async fn read(body: Body, declared: Option<usize>) -> Result<Vec<u8>, ApiError> 
     }
     if seen > BODY_LIMIT_BYTES {
         let size = declared.unwrap_or(seen);
-        let message = format!("the request body has {size} bytes or more, the limit is {BODY_LIMIT_BYTES} (10 MiB)");
+        let message =
+            format!("the request body has {size} bytes or more, the limit is {BODY_LIMIT_BYTES} (10 MiB)");
         return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large"), message));
     }
     Ok(bytes)
@@ -78,7 +79,9 @@ fn parse_object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     }
     match serde_json::from_str(text) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(other) => Err(malformed(format!("the request body must be a JSON object, found {}", describe(&other)))),
+        Ok(other) => {
+            Err(malformed(format!("the request body must be a JSON object, found {}", describe(&other))))
+        }
         Err(error) => Err(malformed(format!("the request body is not valid JSON: {error}"))),
     }
 }
@@ -92,7 +95,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Params {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Params, ApiError> {
         match Query::from_request_parts(parts, state).await {
             Ok(Query(params)) => Ok(Params(params)),
-            Err(error) => Err(ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_query"), error.body_text())),
+            Err(error) => {
+                Err(ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_query"), error.body_text()))
+            }
         }
     }
 }
@@ -116,7 +121,9 @@ impl Params {
         match self.number("limit")? {
             None => Ok(default),
             Some(limit) if (1..=most as u64).contains(&limit) => Ok(limit as usize),
-            Some(limit) => Err(ApiError::invalid("limit", format!("limit: expected 1 to {most}, found {limit}"))),
+            Some(limit) => {
+                Err(ApiError::invalid("limit", format!("limit: expected 1 to {most}, found {limit}")))
+            }
         }
     }
 
@@ -125,9 +132,10 @@ impl Params {
         match self.0.get(name).map(String::as_str) {
             None | Some("false" | "0") => Ok(false),
             Some("true" | "1" | "") => Ok(true),
-            Some(other) => {
-                Err(ApiError::invalid(name, format!("{name}: expected true or false, found the string {other:?}")))
-            }
+            Some(other) => Err(ApiError::invalid(
+                name,
+                format!("{name}: expected true or false, found the string {other:?}"),
+            )),
         }
     }
 }
@@ -171,6 +179,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_at_the_limit_is_read() {
-        assert_eq!(read(Body::from(vec![b' '; BODY_LIMIT_BYTES]), None).await.unwrap().len(), BODY_LIMIT_BYTES);
+        assert_eq!(
+            read(Body::from(vec![b' '; BODY_LIMIT_BYTES]), None).await.unwrap().len(),
+            BODY_LIMIT_BYTES
+        );
     }
 }

@@ -57,7 +57,9 @@ impl From<SessionError> for ApiError {
         use StatusCode as S;
         let message = error.to_string();
         let (status, code, param) = match error {
-            SessionError::SessionNotFound(_) => (S::NOT_FOUND, Some("session_not_found"), Some("session".into())),
+            SessionError::SessionNotFound(_) => {
+                (S::NOT_FOUND, Some("session_not_found"), Some("session".into()))
+            }
             SessionError::TurnNotFound(_) => (S::NOT_FOUND, Some("turn_not_found"), Some("turn".into())),
             SessionError::ModelNotFound(..) => (S::NOT_FOUND, Some("model_not_found"), Some("model".into())),
             SessionError::Busy { .. } => (S::CONFLICT, Some("session_busy"), None),
@@ -114,6 +116,9 @@ mod tests {
     #[test]
     fn a_full_disk_is_a_server_error_with_status_507() {
         let error: ApiError = SessionError::OutOfSpace("the quota is used up".into()).into();
-        assert_eq!((error.status.as_u16(), error.body()["error"]["type"].clone()), (507, json!("server_error")));
+        assert_eq!(
+            (error.status.as_u16(), error.body()["error"]["type"].clone()),
+            (507, json!("server_error"))
+        );
     }
 }

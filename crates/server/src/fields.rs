@@ -106,7 +106,10 @@ fn whole(value: &Value) -> Option<i64> {
     // 2^53: up to here a float holds every whole number exactly.
     const EXACT: f64 = 9_007_199_254_740_992.0;
     value.as_i64().or_else(|| {
-        value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() <= EXACT).map(|number| number as i64)
+        value
+            .as_f64()
+            .filter(|number| number.fract() == 0.0 && number.abs() <= EXACT)
+            .map(|number| number as i64)
     })
 }
 

@@ -21,9 +21,13 @@ pub fn parse(fields: &Fields<'_>, default_seed: u64) -> Result<Generation, ApiEr
         top_k: fields.integer("top_k", -1..=i64::from(u32::MAX))?.map_or(0, |k| k.max(0) as u32),
         top_p: fields.number("top_p", 0.0..=1.0)?.unwrap_or(standard.top_p),
         min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(standard.min_p),
-        repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0)?.unwrap_or(standard.repetition_penalty),
+        repetition_penalty: fields
+            .number("repetition_penalty", 0.01..=100.0)?
+            .unwrap_or(standard.repetition_penalty),
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(standard.presence_penalty),
-        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(standard.frequency_penalty),
+        frequency_penalty: fields
+            .number("frequency_penalty", -2.0..=2.0)?
+            .unwrap_or(standard.frequency_penalty),
         logit_bias: logit_bias(fields)?,
         seed: fields.seed("seed")?.unwrap_or(default_seed),
         logprobs: logprobs(fields)?,
@@ -33,7 +37,9 @@ pub fn parse(fields: &Fields<'_>, default_seed: u64) -> Result<Generation, ApiEr
     let max_tokens = fields.integer("max_tokens", 1..=most)?;
     Ok(Generation {
         sampling,
-        max_tokens: max_completion_tokens.or(max_tokens).map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX)),
+        max_tokens: max_completion_tokens
+            .or(max_tokens)
+            .map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX)),
         stop: stop(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
     })
@@ -47,7 +53,10 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
         return Err(ApiError::unsupported("tools", text));
     }
     if fields.list("functions")?.is_some_and(|functions| !functions.is_empty()) {
-        return Err(ApiError::unsupported("functions", "functions: not supported in this version; leave it out"));
+        return Err(ApiError::unsupported(
+            "functions",
+            "functions: not supported in this version; leave it out",
+        ));
     }
     if let Some(format) = fields.object("response_format")? {
         let kind = format.get("type").and_then(Value::as_str).unwrap_or("missing");
@@ -78,7 +87,9 @@ fn stop(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
         Some(Value::String(text)) => vec![text],
         Some(Value::Array(values)) => {
             let texts: Option<Vec<&str>> = values.iter().map(Value::as_str).collect();
-            texts.ok_or_else(|| ApiError::invalid("stop", "stop: expected strings, found something else in the array"))?
+            texts.ok_or_else(|| {
+                ApiError::invalid("stop", "stop: expected strings, found something else in the array")
+            })?
         }
         Some(_) => return Err(fields.expected("stop", "a string or an array of strings")),
     };
@@ -87,7 +98,8 @@ fn stop(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
         return Err(ApiError::invalid("stop", text));
     }
     if let Some(bad) = stops.iter().find(|stop| stop.is_empty() || stop.len() > MOST_STOP_BYTES) {
-        let text = format!("stop: expected strings of 1 to {MOST_STOP_BYTES} bytes, found one of {}", bad.len());
+        let text =
+            format!("stop: expected strings of 1 to {MOST_STOP_BYTES} bytes, found one of {}", bad.len());
         return Err(ApiError::invalid("stop", text));
     }
     Ok(stops.into_iter().map(String::from).collect())
@@ -104,7 +116,10 @@ fn logit_bias(fields: &Fields<'_>) -> Result<Vec<(u32, f32)>, ApiError> {
     let mut biases = Vec::with_capacity(map.len());
     for token in map.keys() {
         let id = token.parse().map_err(|_| {
-            ApiError::invalid("logit_bias", format!("logit_bias: expected token ids as keys, found {token:?}"))
+            ApiError::invalid(
+                "logit_bias",
+                format!("logit_bias: expected token ids as keys, found {token:?}"),
+            )
         })?;
         biases.extend(inner.number(token, -100.0..=100.0)?.map(|bias| (id, bias)));
     }
@@ -156,7 +171,10 @@ mod tests {
             logprobs: Some(2),
         };
         assert_eq!(generation.sampling, expected);
-        assert_eq!((generation.max_tokens, generation.stop, generation.ignore_eos), (Some(8), vec!["END".into()], true));
+        assert_eq!(
+            (generation.max_tokens, generation.stop, generation.ignore_eos),
+            (Some(8), vec!["END".into()], true)
+        );
     }
 
     #[test]

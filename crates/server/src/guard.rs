@@ -43,23 +43,24 @@ fn forbidden(code: &'static str, message: String) -> ApiError {
 /// A page of another site can make its own name resolve to 127.0.0.1 (DNS rebinding); its requests then still
 /// carry that name.
 fn check_host(headers: &HeaderMap, authority: Option<&Authority>) -> Result<(), ApiError> {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
-    match (headers.contains_key(header::HOST), host.as_ref().or(authority)) {
-        (true, Some(host)) if is_loopback(host.host()) => Ok(()),
+    let named = match headers.get(header::HOST) {
+        Some(host) => host.to_str().unwrap_or("something unreadable"),
         // HTTP/1.0 has no Host; browsers always send one.
-        (false, None) => Ok(()),
-        (false, Some(host)) if is_loopback(host.host()) => Ok(()),
-        (_, host) => {
-            let found = host.map_or("something unreadable", |host| host.as_str());
-            Err(forbidden(
-                "host_not_allowed",
-                format!(
-                    "this server listens on this computer only, and the request was meant for '{found}'; \
-                     address it as localhost, 127.0.0.1 or [::1]"
-                ),
-            ))
-        }
+        None => match authority {
+            Some(authority) => authority.as_str(),
+            None => return Ok(()),
+        },
+    };
+    if named.parse::<Authority>().is_ok_and(|authority| is_loopback(authority.host())) {
+        return Ok(());
     }
+    Err(forbidden(
+        "host_not_allowed",
+        format!(
+            "this server listens on this computer only, and the request was meant for '{named}'; \
+             address it as localhost, 127.0.0.1 or [::1]"
+        ),
+    ))
 }
 
 /// Pages of other sites must not change anything, even where browsers send the request without asking first.
@@ -71,17 +72,22 @@ fn check_origin(headers: &HeaderMap, method: &Method) -> Result<(), ApiError> {
     let authority = origin.to_str().ok().and_then(|text| text.split_once("://")?.1.parse::<Authority>().ok());
     let own = headers.get(header::HOST).map(HeaderValue::as_bytes);
     match authority {
-        Some(authority) if is_loopback(authority.host()) || own == Some(authority.as_str().as_bytes()) => Ok(()),
+        Some(authority) if is_loopback(authority.host()) || own == Some(authority.as_str().as_bytes()) => {
+            Ok(())
+        }
         _ => Err(forbidden(
             "origin_not_allowed",
-            format!("web pages of {origin:?} may not use this server; call it from a program or from a local page"),
+            format!(
+                "web pages of {origin:?} may not use this server; call it from a program or from a local page"
+            ),
         )),
     }
 }
 
 fn is_loopback(host: &str) -> bool {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    host.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    host.eq_ignore_ascii_case("localhost")
+        || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn check_key(options: &Options, headers: &HeaderMap) -> Result<(), ApiError> {
@@ -94,7 +100,11 @@ fn check_key(options: &Options, headers: &HeaderMap) -> Result<(), ApiError> {
     match given {
         Some(given) if bool::from(given.ct_eq(key.as_bytes())) => Ok(()),
         given => {
-            let what = if given.is_some() { "the API key is not the server's" } else { "this server needs an API key" };
+            let what = if given.is_some() {
+                "the API key is not the server's"
+            } else {
+                "this server needs an API key"
+            };
             let message = format!("{what}: send the header 'Authorization: Bearer KEY'");
             Err(ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message))
         }
@@ -168,7 +178,10 @@ mod tests {
     async fn a_foreign_web_page_may_change_nothing() {
         let foreign = [("host", "localhost:1"), ("origin", "https://evil.example")];
         assert_eq!(ask(local(), Method::POST, &foreign).await.status(), 403);
-        assert_eq!(ask(local(), Method::POST, &[("host", "localhost:1"), ("origin", "null")]).await.status(), 403);
+        assert_eq!(
+            ask(local(), Method::POST, &[("host", "localhost:1"), ("origin", "null")]).await.status(),
+            403
+        );
         let own = [("host", "localhost:1"), ("origin", "http://localhost:3000")];
         assert_eq!(ask(local(), Method::POST, &own).await.status(), 200);
     }
@@ -184,7 +197,8 @@ mod tests {
     #[tokio::test]
     async fn every_response_has_its_own_request_id() {
         let one = ask(local(), Method::GET, &[]).await.headers()["x-request-id"].clone();
-        let other = ask(local(), Method::GET, &[("host", "evil.example")]).await.headers()["x-request-id"].clone();
+        let other =
+            ask(local(), Method::GET, &[("host", "evil.example")]).await.headers()["x-request-id"].clone();
         assert_ne!(one, other);
     }
 
@@ -192,6 +206,9 @@ mod tests {
     fn plain_text_errors_become_openais_shape() {
         let response = in_one_shape((StatusCode::BAD_REQUEST, "no").into_response());
         assert_eq!(response.headers()[header::CONTENT_TYPE], "application/json");
-        assert_eq!(in_one_shape("fine".into_response()).headers()[header::CONTENT_TYPE], "text/plain; charset=utf-8");
+        assert_eq!(
+            in_one_shape("fine".into_response()).headers()[header::CONTENT_TYPE],
+            "text/plain; charset=utf-8"
+        );
     }
 }

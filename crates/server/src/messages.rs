@@ -13,7 +13,10 @@ const MOST_MESSAGES: usize = 100_000;
 /// Parses the array `field`: a list of chat messages, at least one.
 pub fn parse_list(values: &[Value], field: &str) -> Result<Vec<Message>, ApiError> {
     if values.is_empty() {
-        return Err(ApiError::invalid(field, format!("{field}: expected at least one message, found an empty array")));
+        return Err(ApiError::invalid(
+            field,
+            format!("{field}: expected at least one message, found an empty array"),
+        ));
     }
     if values.len() > MOST_MESSAGES {
         let message = format!("{field}: at most {MOST_MESSAGES} messages, found {}", values.len());
@@ -48,14 +51,19 @@ fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
     let fields = Fields::inside(map, &prefix);
     if let Some(kind) = fields.string("type")?.filter(|kind| *kind != "message") {
         let name = fields.name("type");
-        let text = format!("{name}: items of type {kind:?} are not supported here; send messages with role and content");
+        let text = format!(
+            "{name}: items of type {kind:?} are not supported here; send messages with role and content"
+        );
         return Err(ApiError::unsupported(name, text));
     }
     let role = match fields.string("role")? {
         // The newer name of the same role; templates know the older one.
         Some("developer") => "system",
         Some(role @ ("system" | "user" | "assistant" | "tool")) => role,
-        _ => return Err(fields.expected("role", "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\"")),
+        _ => {
+            return Err(fields
+                .expected("role", "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\""));
+        }
     };
     let calls = fields.list("tool_calls")?.filter(|calls| !calls.is_empty());
     let content = match fields.get("content") {
@@ -99,10 +107,16 @@ fn parse_content(value: &Value, place: &str) -> Result<String, ApiError> {
             Some("text" | "input_text" | "output_text") => "text",
             Some("refusal") => "refusal",
             Some(other) => {
-                let text = format!("{place}.type: parts of type {other:?} are not supported; send text parts only");
+                let text =
+                    format!("{place}.type: parts of type {other:?} are not supported; send text parts only");
                 return Err(ApiError::unsupported(format!("{place}.type"), text));
             }
-            None => return Err(ApiError::invalid(&place, format!("{place}: expected an object with type and text"))),
+            None => {
+                return Err(ApiError::invalid(
+                    &place,
+                    format!("{place}: expected an object with type and text"),
+                ));
+            }
         };
         match part.get(key).and_then(Value::as_str) {
             Some(text) => texts.push(text),
@@ -142,23 +156,31 @@ mod tests {
 
     #[test]
     fn developer_is_the_system_role() {
-        assert_eq!(parse(json!([{"role": "developer", "content": "x"}])).unwrap(), vec![message("system", "x")]);
+        assert_eq!(
+            parse(json!([{"role": "developer", "content": "x"}])).unwrap(),
+            vec![message("system", "x")]
+        );
     }
 
     #[test]
     fn images_are_refused_by_name() {
-        let error = parse(json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])).unwrap_err();
+        let error = parse(json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]))
+            .unwrap_err();
         assert_eq!(error.param.as_deref(), Some("messages[0].content[0].type"));
         assert_eq!(error.code, Some("unsupported_parameter"));
     }
 
     #[test]
     fn a_bad_message_is_named_with_its_index() {
-        let error = parse(json!([{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}])).unwrap_err();
+        let error =
+            parse(json!([{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}])).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("messages[1].role"));
         let error = parse(json!([{"role": "user", "content": 5}])).unwrap_err();
         assert!(error.message.contains("found the number 5"), "{}", error.message);
-        assert_eq!(parse(json!([{"role": "user"}])).unwrap_err().param.as_deref(), Some("messages[0].content"));
+        assert_eq!(
+            parse(json!([{"role": "user"}])).unwrap_err().param.as_deref(),
+            Some("messages[0].content")
+        );
         assert_eq!(parse(json!(["hello"])).unwrap_err().param.as_deref(), Some("messages[0]"));
     }
 

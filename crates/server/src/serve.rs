@@ -48,9 +48,11 @@ pub async fn serve(
                 .header_read_timeout(HEADER_TIMEOUT)
                 .serve_connection(TokioIo::new(stream), service);
             let mut connection = std::pin::pin!(connection);
+            // An error means that `serve` is gone, which is a way of stopping too.
+            let stopped = async { stopping.wait_for(|stop| *stop).await.is_ok() };
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
-                _ = stopping.wait_for(|stop| *stop) => {
+                _ = stopped => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }

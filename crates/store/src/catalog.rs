@@ -22,7 +22,12 @@ pub(crate) fn page_file(
     let found = db
         .prepare_cached("SELECT id, fingerprint, tenant, layout FROM page_files WHERE path = ?1")?
         .query_row([path], |row| {
-            Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?, row.get::<_, String>(2)?, row.get::<_, String>(3)?))
+            Ok((
+                row.get::<_, i64>(0)?,
+                row.get::<_, Vec<u8>>(1)?,
+                row.get::<_, String>(2)?,
+                row.get::<_, String>(3)?,
+            ))
         })
         .optional()?;
     let Some((id, old_fingerprint, old_tenant, old_layout)) = found else {
@@ -50,8 +55,9 @@ pub(crate) fn forget_pages(db: &Connection, file: i64) -> Result<(), StoreError>
 }
 
 pub(crate) fn load_pages(db: &Connection, file: i64) -> Result<Vec<PageRow>, StoreError> {
-    let mut statement =
-        db.prepare_cached("SELECT slot, id, parent, tokens, checksum FROM pages WHERE file = ?1 ORDER BY slot")?;
+    let mut statement = db.prepare_cached(
+        "SELECT slot, id, parent, tokens, checksum FROM pages WHERE file = ?1 ORDER BY slot",
+    )?;
     let mut rows = statement.query([file])?;
     let mut pages = Vec::new();
     while let Some(row) = rows.next()? {
@@ -98,9 +104,11 @@ fn remove(db: &Connection, file: i64, removed: &[RemovedPage]) -> Result<(), Sto
     if removed.is_empty() {
         return Ok(());
     }
-    let parents: HashMap<u32, Option<u32>> = removed.iter().map(|page| (page.slot, page.parent_slot)).collect();
+    let parents: HashMap<u32, Option<u32>> =
+        removed.iter().map(|page| (page.slot, page.parent_slot)).collect();
     let mut delete = db.prepare_cached("DELETE FROM pages WHERE file = ?1 AND slot = ?2")?;
-    let mut sessions = db.prepare_cached("SELECT id, kv_len FROM sessions WHERE page_file = ?1 AND leaf_slot = ?2")?;
+    let mut sessions =
+        db.prepare_cached("SELECT id, kv_len FROM sessions WHERE page_file = ?1 AND leaf_slot = ?2")?;
     let mut fall_back = db.prepare_cached("UPDATE sessions SET leaf_slot = ?2, kv_len = ?3 WHERE id = ?1")?;
     for page in removed {
         delete.execute(params![file, page.slot])?;
@@ -113,7 +121,9 @@ fn remove(db: &Connection, file: i64, removed: &[RemovedPage]) -> Result<(), Sto
             lost += 1;
         }
         let claimants = sessions
-            .query_map(params![file, page.slot], |row| Ok((row.get::<_, String>(0)?, row.get::<_, usize>(1)?)))?
+            .query_map(params![file, page.slot], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, usize>(1)?))
+            })?
             .collect::<Result<Vec<_>, _>>()?;
         for (session, kv_len) in claimants {
             let kept = kv_len.div_ceil(PAGE_TOKENS).saturating_sub(lost) * PAGE_TOKENS;

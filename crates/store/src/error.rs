@@ -14,9 +14,13 @@ pub enum StoreError {
     #[error("no room to write the metadata database: free some disk space and try again ({0})")]
     Full(String),
     /// Neither the database nor its mirror holds an intact copy of what was asked for.
-    #[error("the metadata database is damaged: {0}; its mirror could not mend it, so restore both files from a backup")]
+    #[error(
+        "the metadata database is damaged: {0}; its mirror could not mend it, so restore both files from a backup"
+    )]
     Damaged(String),
-    #[error("the metadata database was written by a newer Dormouse (schema {found}, this one knows {known}): upgrade")]
+    #[error(
+        "the metadata database was written by a newer Dormouse (schema {found}, this one knows {known}): upgrade"
+    )]
     NewerSchema { found: i64, known: i64 },
     #[error("no session '{0}'")]
     SessionNotFound(String),
@@ -59,7 +63,9 @@ impl From<rusqlite::Error> for StoreError {
         match &error {
             Error::SqliteFailure(failure, _) => match failure.code {
                 ErrorCode::DiskFull => StoreError::Full(text),
-                ErrorCode::SystemIoFailure if failure.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE => {
+                ErrorCode::SystemIoFailure
+                    if failure.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE =>
+                {
                     StoreError::Full(text)
                 }
                 ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => StoreError::Damaged(text),

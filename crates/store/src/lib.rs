@@ -6,18 +6,30 @@
 
 #![forbid(unsafe_code)]
 
+mod boundaries;
 mod catalog;
+mod changes;
+mod check;
 mod checksum;
 mod error;
+mod files;
+mod history;
 pub mod lock;
 mod owner;
 pub mod pages;
+mod queries;
 mod schema;
 mod sessions;
 mod store;
 mod tokens;
+mod weights;
 
+pub use boundaries::Boundary;
+pub use changes::{BeginTurn, Cut, FinishTurn, Leaf, NewSession, UpdateSession};
 pub use error::StoreError;
+pub use history::{EventRow, History, ItemRow, NewEvent, TurnRow};
 pub use pages::{PageRow, RemovedPage, StepCommit};
+pub use queries::SessionCounts;
 pub use sessions::{SessionRow, StatusFilter};
 pub use store::{Durability, Store};
+pub use weights::WeightsFile;

@@ -46,7 +46,8 @@ enum Found {
 
 impl Owner {
     pub(crate) fn open(directory: &Path, durability: Durability) -> Result<Owner, StoreError> {
-        std::fs::create_dir_all(directory).map_err(|why| StoreError::file("cannot create", directory, why))?;
+        std::fs::create_dir_all(directory)
+            .map_err(|why| StoreError::file("cannot create", directory, why))?;
         let lock = DirectoryLock::take(directory)?;
         let clean = files::take_clean_mark(directory)?;
         let mut owner = Owner {
@@ -117,13 +118,14 @@ impl Owner {
             }
             (Found::Missing, Found::Usable(mirror, _)) => {
                 self.mirror = Some(mirror);
-                self.replace_primary("it is missing")
+                self.replace_primary("it was missing or empty")
             }
             (Found::Damaged(why), Found::Usable(mirror, _)) => {
                 self.mirror = Some(mirror);
                 self.replace_primary(&why)
             }
-            (Found::Missing | Found::Damaged(_), Found::Damaged(why)) | (Found::Damaged(why), Found::Missing) => {
+            (Found::Missing | Found::Damaged(_), Found::Damaged(why))
+            | (Found::Damaged(why), Found::Missing) => {
                 Err(StoreError::Damaged(format!("{} ({why})", self.directory.display())))
             }
         }
@@ -207,7 +209,9 @@ impl Owner {
         if let Err(why) = transact(mirror, change, self.sequence) {
             self.mirror = None;
             self.changes_until_rebuild = MIRROR_RETRY_CHANGES;
-            self.report(format!("the mirror of the metadata database is behind and will be made anew: {why}"));
+            self.report(format!(
+                "the mirror of the metadata database is behind and will be made anew: {why}"
+            ));
         }
     }
 
@@ -247,7 +251,8 @@ impl Owner {
         if let Err(failed) = copied {
             // The damaged file may still serve what is intact in it.
             if aside.exists() {
-                std::fs::rename(&aside, &path).map_err(|why| StoreError::file("cannot put back", &path, why))?;
+                std::fs::rename(&aside, &path)
+                    .map_err(|why| StoreError::file("cannot put back", &path, why))?;
                 self.primary = Some(self.open_primary()?);
             }
             return Err(failed);
@@ -342,9 +347,9 @@ fn find(path: &Path, wait_for_disk: bool, clean: bool) -> Result<Found, StoreErr
         Err(why) if why.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Missing),
         Err(why) => return Err(StoreError::file("cannot read", path, why)),
     };
-    // SQLite takes an empty file for a new database; here it is one that lost everything.
+    // A crash just after creation, or a file that lost everything: SQLite would take it for a new database.
     if bytes == 0 {
-        return Ok(Found::Damaged("the file is empty".into()));
+        return Ok(Found::Missing);
     }
     let opened = files::open(path, wait_for_disk).and_then(|connection| {
         if !clean || bytes <= CHECK_AT_OPEN_BYTES {

@@ -78,7 +78,8 @@ impl SessionRow {
     }
 }
 
-const COLUMNS: &str = "id, tenant, name, implicit, created_ms, last_active_ms, expires_ms, fence, active_turn, error,
+const COLUMNS: &str =
+    "id, tenant, name, implicit, created_ms, last_active_ms, expires_ms, fence, active_turn, error,
     log_len, items, turns, events, page_file, leaf_slot, kv_len, checksum";
 
 fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
@@ -107,7 +108,11 @@ fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
     Ok(session)
 }
 
-fn select(db: &Connection, condition: &str, values: &[&dyn rusqlite::ToSql]) -> Result<Vec<SessionRow>, StoreError> {
+fn select(
+    db: &Connection,
+    condition: &str,
+    values: &[&dyn rusqlite::ToSql],
+) -> Result<Vec<SessionRow>, StoreError> {
     let mut statement = db.prepare_cached(&format!("SELECT {COLUMNS} FROM sessions WHERE {condition}"))?;
     let mut rows = statement.query(values)?;
     let mut found = Vec::new();
@@ -247,7 +252,9 @@ pub(crate) fn settings(db: &Connection, session: &str) -> Result<String, StoreEr
         .optional()?;
     match found {
         Some((settings, sum)) if sum == settings_checksum(session, &settings) => Ok(settings),
-        _ => Err(StoreError::Damaged(format!("the settings of session {session} are missing or fail their checksum"))),
+        _ => Err(StoreError::Damaged(format!(
+            "the settings of session {session} are missing or fail their checksum"
+        ))),
     }
 }
 

@@ -89,7 +89,12 @@ impl Store {
     }
 
     /// Page rows without a session's step (removals after damage, eviction or a deleted session), blocking.
-    pub fn commit_pages(&self, file: i64, rows: &[PageRow], removed: &[RemovedPage]) -> Result<(), StoreError> {
+    pub fn commit_pages(
+        &self,
+        file: i64,
+        rows: &[PageRow],
+        removed: &[RemovedPage],
+    ) -> Result<(), StoreError> {
         let (rows, removed) = (rows.to_vec(), removed.to_vec());
         self.write_blocking(move |db| catalog::commit_pages(db, file, &rows, &removed))
     }

@@ -1,6 +1,6 @@
 //! The token log: chunks of at most [`CHUNK_TOKENS`] token ids, each with its checksum.
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, params};
 
 use crate::StoreError;
 use crate::checksum::RowChecksum;
@@ -35,7 +35,9 @@ fn chunks(db: &Connection, session: &str, from: usize) -> Result<Vec<(usize, Vec
     while let Some(row) = rows.next()? {
         let (start, blob, sum): (usize, Vec<u8>, u32) = (row.get(0)?, row.get(1)?, row.get(2)?);
         if checksum(session, start, &blob) != sum {
-            return Err(StoreError::Damaged(format!("tokens of session {session} at {start} fail their checksum")));
+            return Err(StoreError::Damaged(format!(
+                "tokens of session {session} at {start} fail their checksum"
+            )));
         }
         found.push((start, decode(&blob)?));
     }
@@ -53,7 +55,12 @@ fn put(db: &Connection, session: &str, start: usize, tokens: &[u32]) -> Result<(
 }
 
 /// Appends at `length`, the log's present length.
-pub(crate) fn append(db: &Connection, session: &str, length: usize, tokens: &[u32]) -> Result<(), StoreError> {
+pub(crate) fn append(
+    db: &Connection,
+    session: &str,
+    length: usize,
+    tokens: &[u32],
+) -> Result<(), StoreError> {
     if tokens.is_empty() {
         return Ok(());
     }
@@ -62,7 +69,9 @@ pub(crate) fn append(db: &Connection, session: &str, length: usize, tokens: &[u3
         _ => chunks(db, session, length - 1)?.pop(),
     };
     if last.as_ref().map_or(0, |(start, chunk)| start + chunk.len()) != length {
-        return Err(StoreError::Damaged(format!("the token log of session {session} does not end at {length}")));
+        return Err(StoreError::Damaged(format!(
+            "the token log of session {session} does not end at {length}"
+        )));
     }
     let mut rest = tokens;
     let mut at = length;
@@ -100,7 +109,9 @@ pub(crate) fn load(db: &Connection, session: &str, length: usize) -> Result<Vec<
     let mut log = Vec::with_capacity(length);
     for (start, chunk) in chunks(db, session, 0)? {
         if start != log.len() {
-            return Err(StoreError::Damaged(format!("the token log of session {session} has a gap at {start}")));
+            return Err(StoreError::Damaged(format!(
+                "the token log of session {session} has a gap at {start}"
+            )));
         }
         log.extend(chunk);
     }
@@ -112,4 +123,3 @@ pub(crate) fn load(db: &Connection, session: &str, length: usize) -> Result<Vec<
     }
     Ok(log)
 }
-

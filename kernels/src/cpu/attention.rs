@@ -10,8 +10,10 @@ use std::cell::RefCell;
 use half::f16;
 
 use super::Cpu;
+use super::decode::decode_row;
 use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen, sixteen_mut};
+use crate::GgmlType;
 use crate::page::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 
 /// Positions of one segment. A multiple of the page; segments of one query may be computed by different threads.
@@ -317,17 +319,20 @@ fn page_softmax<L: Lanes>(
 /// Widens rows of keys or values to f32, `[rows, stride]`; the padding stays zero.
 #[inline(always)]
 fn widen<L: Lanes>(layout: &PageLayout, bytes: &[u8], stride: usize, out: &mut [f32]) {
-    let rows = bytes.chunks_exact(layout.row_bytes()).zip(out.chunks_exact_mut(stride));
-    match layout.dtype {
-        KvDtype::F16 => rows.for_each(|(row, out)| {
-            super::decode::decode_row::<L>(crate::GgmlType::F16, row, &mut out[..layout.head_dim]);
-        }),
-        KvDtype::Q8_0 => rows.for_each(|(row, out)| {
-            for (block, out) in row.as_chunks::<34>().0.iter().zip(out[..layout.head_dim].chunks_mut(32)) {
-                let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                out.iter_mut().zip(&block[2..]).for_each(|(out, q)| *out = f32::from(*q as i8) * scale);
+    for (row, out) in bytes.chunks_exact(layout.row_bytes()).zip(out.chunks_exact_mut(stride)) {
+        let out = &mut out[..layout.head_dim];
+        match layout.dtype {
+            KvDtype::F16 => decode_row::<L>(GgmlType::F16, row, out),
+            KvDtype::Q8_0 if layout.head_dim % 32 == 0 => decode_row::<L>(GgmlType::Q8_0, row, out),
+            KvDtype::Q8_0 => {
+                for (block, out) in row.as_chunks::<34>().0.iter().zip(out.chunks_mut(32)) {
+                    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+                    for (value, q) in out.iter_mut().zip(&block[2..]) {
+                        *value = f32::from(*q as i8) * scale;
+                    }
+                }
             }
-        }),
+        }
     }
 }
 

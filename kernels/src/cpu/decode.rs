@@ -10,100 +10,128 @@ use crate::quant::dequantize;
 #[inline(always)]
 pub fn decode_row<L: Lanes>(ty: GgmlType, src: &[u8], dst: &mut [f32]) {
     debug_assert_eq!(src.len(), ty.row_bytes(dst.len()));
+    macro_rules! blocks {
+        ($bytes:literal, $len:literal, $decode:ident) => {
+            for (block, out) in src.as_chunks::<$bytes>().0.iter().zip(dst.as_chunks_mut::<$len>().0) {
+                $decode::<L>(block, out);
+            }
+        };
+    }
     match ty {
-        GgmlType::F16 => halves(src, dst, L::load_f16, |bits| f16::from_bits(bits).to_f32()),
-        GgmlType::BF16 => halves(src, dst, L::load_bf16, |bits| f32::from_bits(u32::from(bits) << 16)),
-        GgmlType::Q4_0 => blocks::<18, 32>(src, dst, |block, out| {
-            let d = L::splat(half_at(block, 0));
-            let (low, high) = nibbles(&block[2..]);
-            let eight = L::splat(8.0);
-            put(L::load_u8(&low).sub(eight).mul(d), out, 0);
-            put(L::load_u8(&high).sub(eight).mul(d), out, 16);
-        }),
-        GgmlType::Q4_1 => blocks::<20, 32>(src, dst, |block, out| {
-            let (d, m) = (L::splat(half_at(block, 0)), L::splat(half_at(block, 2)));
-            let (low, high) = nibbles(&block[4..]);
-            put(L::load_u8(&low).mul(d).add(m), out, 0);
-            put(L::load_u8(&high).mul(d).add(m), out, 16);
-        }),
-        GgmlType::Q5_0 => blocks::<22, 32>(src, dst, |block, out| {
-            let d = L::splat(half_at(block, 0));
-            let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-            let (mut low, mut high) = nibbles(&block[6..]);
-            for i in 0..LANES {
-                low[i] |= (((fifth >> i) & 1) << 4) as u8;
-                high[i] |= (((fifth >> (i + 16)) & 1) << 4) as u8;
-            }
-            let sixteen = L::splat(16.0);
-            put(L::load_u8(&low).sub(sixteen).mul(d), out, 0);
-            put(L::load_u8(&high).sub(sixteen).mul(d), out, 16);
-        }),
-        GgmlType::Q8_0 => blocks::<34, 32>(src, dst, |block, out| {
-            let d = L::splat(half_at(block, 0));
-            put(L::load_i8(first16(&block[2..])).mul(d), out, 0);
-            put(L::load_i8(first16(&block[18..])).mul(d), out, 16);
-        }),
-        GgmlType::Q4K => blocks::<144, 256>(src, dst, |block, out| {
-            let (d, dmin) = (half_at(block, 0), half_at(block, 2));
-            let scales = &block[4..16];
-            for pair in 0..4 {
-                let quants = &block[16 + pair * 32..][..32];
-                for half in 0..2 {
-                    let (scale, min) = scale_min(2 * pair + half, scales);
-                    let (d, m) = (L::splat(d * f32::from(scale)), L::splat(dmin * f32::from(min)));
-                    for part in 0..2 {
-                        let (low, high) = nibbles(&quants[part * 16..]);
-                        let q = if half == 0 { low } else { high };
-                        put(L::load_u8(&q).mul(d).sub(m), out, pair * 64 + half * 32 + part * 16);
-                    }
-                }
-            }
-        }),
-        GgmlType::Q6K => blocks::<210, 256>(src, dst, |block, out| {
-            let d = half_at(block, 208);
-            for half in 0..2 {
-                let (low, high) = (&block[half * 64..], &block[128 + half * 32..]);
-                let scales = &block[192 + half * 8..];
-                for quarter in 0..4 {
-                    for part in 0..2 {
-                        let l = first16(&low[(quarter % 2) * 32 + part * 16..]);
-                        let h = first16(&high[part * 16..]);
-                        let q: [u8; LANES] = std::array::from_fn(|i| {
-                            ((l[i] >> (4 * (quarter / 2))) & 15) | (((h[i] >> (2 * quarter)) & 3) << 4)
-                        });
-                        let scale = d * f32::from(scales[quarter * 2 + part] as i8);
-                        let values = L::load_u8(&q).sub(L::splat(32.0)).mul(L::splat(scale));
-                        put(values, out, half * 128 + quarter * 32 + part * 16);
-                    }
-                }
-            }
-        }),
+        GgmlType::F16 => f16_row::<L>(src, dst),
+        GgmlType::BF16 => bf16_row::<L>(src, dst),
+        GgmlType::Q4_0 => blocks!(18, 32, q4_0),
+        GgmlType::Q4_1 => blocks!(20, 32, q4_1),
+        GgmlType::Q5_0 => blocks!(22, 32, q5_0),
+        GgmlType::Q8_0 => blocks!(34, 32, q8_0),
+        GgmlType::Q4K => blocks!(144, 256, q4_k),
+        GgmlType::Q6K => blocks!(210, 256, q6_k),
         other => dequantize(other, src, dst),
     }
 }
 
-/// Calls `decode` on every block of `BYTES` bytes and `LEN` values.
 #[inline(always)]
-fn blocks<const BYTES: usize, const LEN: usize>(
-    src: &[u8],
-    dst: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
-) {
-    for (block, out) in src.as_chunks::<BYTES>().0.iter().zip(dst.as_chunks_mut::<LEN>().0) {
-        decode(block, out);
+fn f16_row<L: Lanes>(src: &[u8], dst: &mut [f32]) {
+    let (vectors, rest) = src.as_chunks::<32>();
+    let (outs, out_rest) = dst.as_chunks_mut::<LANES>();
+    for (bytes, out) in vectors.iter().zip(outs) {
+        L::load_f16(&words(bytes)).store(out);
+    }
+    for (bytes, out) in rest.as_chunks::<2>().0.iter().zip(out_rest) {
+        *out = f16::from_le_bytes(*bytes).to_f32();
     }
 }
 
 #[inline(always)]
-fn halves<L: Lanes>(src: &[u8], dst: &mut [f32], wide: fn(&[u16; LANES]) -> L, narrow: fn(u16) -> f32) {
+fn bf16_row<L: Lanes>(src: &[u8], dst: &mut [f32]) {
     let (vectors, rest) = src.as_chunks::<32>();
     let (outs, out_rest) = dst.as_chunks_mut::<LANES>();
     for (bytes, out) in vectors.iter().zip(outs) {
-        let bits = std::array::from_fn(|i| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
-        wide(&bits).store(out);
+        L::load_bf16(&words(bytes)).store(out);
     }
     for (bytes, out) in rest.as_chunks::<2>().0.iter().zip(out_rest) {
-        *out = narrow(u16::from_le_bytes(*bytes));
+        *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+    }
+}
+
+#[inline(always)]
+fn words(bytes: &[u8; 32]) -> [u16; LANES] {
+    std::array::from_fn(|i| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]))
+}
+
+#[inline(always)]
+fn q4_0<L: Lanes>(block: &[u8; 18], out: &mut [f32; 32]) {
+    let d = L::splat(half_at(block, 0));
+    let (low, high) = nibbles(&block[2..]);
+    let eight = L::splat(8.0);
+    put(L::load_u8(&low).sub(eight).mul(d), out, 0);
+    put(L::load_u8(&high).sub(eight).mul(d), out, 16);
+}
+
+#[inline(always)]
+fn q4_1<L: Lanes>(block: &[u8; 20], out: &mut [f32; 32]) {
+    let (d, m) = (L::splat(half_at(block, 0)), L::splat(half_at(block, 2)));
+    let (low, high) = nibbles(&block[4..]);
+    put(L::load_u8(&low).mul(d).add(m), out, 0);
+    put(L::load_u8(&high).mul(d).add(m), out, 16);
+}
+
+#[inline(always)]
+fn q5_0<L: Lanes>(block: &[u8; 22], out: &mut [f32; 32]) {
+    let d = L::splat(half_at(block, 0));
+    let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+    let (mut low, mut high) = nibbles(&block[6..]);
+    for i in 0..LANES {
+        low[i] |= (((fifth >> i) & 1) << 4) as u8;
+        high[i] |= (((fifth >> (i + 16)) & 1) << 4) as u8;
+    }
+    let sixteen = L::splat(16.0);
+    put(L::load_u8(&low).sub(sixteen).mul(d), out, 0);
+    put(L::load_u8(&high).sub(sixteen).mul(d), out, 16);
+}
+
+#[inline(always)]
+fn q8_0<L: Lanes>(block: &[u8; 34], out: &mut [f32; 32]) {
+    let d = L::splat(half_at(block, 0));
+    put(L::load_i8(first16(&block[2..])).mul(d), out, 0);
+    put(L::load_i8(first16(&block[18..])).mul(d), out, 16);
+}
+
+#[inline(always)]
+fn q4_k<L: Lanes>(block: &[u8; 144], out: &mut [f32; 256]) {
+    let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+    for pair in 0..4 {
+        let quants = &block[16 + pair * 32..][..32];
+        for half in 0..2 {
+            let (scale, min) = scale_min(2 * pair + half, &block[4..16]);
+            let (d, m) = (L::splat(d * f32::from(scale)), L::splat(dmin * f32::from(min)));
+            for part in 0..2 {
+                let (low, high) = nibbles(&quants[part * 16..]);
+                let q = if half == 0 { low } else { high };
+                put(L::load_u8(&q).mul(d).sub(m), out, pair * 64 + half * 32 + part * 16);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn q6_k<L: Lanes>(block: &[u8; 210], out: &mut [f32; 256]) {
+    let d = half_at(block, 208);
+    for half in 0..2 {
+        let (low, high) = (&block[half * 64..], &block[128 + half * 32..]);
+        let scales = &block[192 + half * 8..];
+        for quarter in 0..4 {
+            for part in 0..2 {
+                let l = first16(&low[(quarter % 2) * 32 + part * 16..]);
+                let h = first16(&high[part * 16..]);
+                let q: [u8; LANES] = std::array::from_fn(|i| {
+                    ((l[i] >> (4 * (quarter / 2))) & 15) | (((h[i] >> (2 * quarter)) & 3) << 4)
+                });
+                let scale = d * f32::from(scales[quarter * 2 + part] as i8);
+                let values = L::load_u8(&q).sub(L::splat(32.0)).mul(L::splat(scale));
+                put(values, out, half * 128 + quarter * 32 + part * 16);
+            }
+        }
     }
 }
 

@@ -9,6 +9,9 @@ use half::f16;
 pub const LANES: usize = 16;
 
 /// One tier's sixteen lanes. Methods are only called inside functions compiled for that tier (see `dispatch!`).
+///
+/// An intrinsic is inlined only into code compiled for its tier, and closures are not: so no kernel calls these
+/// methods in a closure, where each would become a call with its operands in memory.
 pub trait Lanes: Copy {
     /// Weight rows of the register block of a matrix product on this tier.
     const BLOCK_ROWS: usize;
@@ -175,13 +178,6 @@ mod x86 {
         };
     }
 
-    impl Avx2 {
-        #[inline(always)]
-        fn zip(self, other: Self, op: impl Fn(__m256, __m256) -> __m256) -> Self {
-            Avx2(op(self.0, other.0), op(self.1, other.1))
-        }
-    }
-
     impl Lanes for Avx2 {
         const BLOCK_ROWS: usize = 2;
         const BLOCK_TOKENS: usize = 2;
@@ -211,19 +207,19 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            self.zip(other, |a, b| intrinsic!(_mm256_add_ps(a, b)))
+            intrinsic!(Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)))
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            self.zip(other, |a, b| intrinsic!(_mm256_sub_ps(a, b)))
+            intrinsic!(Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)))
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            self.zip(other, |a, b| intrinsic!(_mm256_mul_ps(a, b)))
+            intrinsic!(Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)))
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            self.zip(other, |a, b| intrinsic!(_mm256_max_ps(a, b)))
+            intrinsic!(Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)))
         }
         #[inline(always)]
         fn load_f16(from: &[u16; LANES]) -> Self {
@@ -236,34 +232,36 @@ mod x86 {
         fn load_bf16(from: &[u16; LANES]) -> Self {
             intrinsic! {
                 let p = from.as_ptr().cast::<__m128i>();
-                let widen = |h| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(h)));
-                Avx2(widen(_mm_loadu_si128(p)), widen(_mm_loadu_si128(p.add(1))))
+                let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)));
+                let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(1))));
+                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
             }
         }
         #[inline(always)]
         fn load_u8(from: &[u8; LANES]) -> Self {
             intrinsic! {
                 let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                let widen = |b| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b));
-                Avx2(widen(bytes), widen(_mm_srli_si128::<8>(bytes)))
+                let low = _mm256_cvtepu8_epi32(bytes);
+                let high = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes));
+                Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
             }
         }
         #[inline(always)]
         fn load_i8(from: &[u8; LANES]) -> Self {
             intrinsic! {
                 let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                let widen = |b| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
-                Avx2(widen(bytes), widen(_mm_srli_si128::<8>(bytes)))
+                let low = _mm256_cvtepi8_epi32(bytes);
+                let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
+                Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
             }
         }
         #[inline(always)]
         fn exp2_integral(self) -> Self {
             intrinsic! {
-                let power = |n| {
-                    let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-                };
-                Avx2(power(self.0), power(self.1))
+                let bias = _mm256_set1_epi32(127);
+                let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.0), bias));
+                let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.1), bias));
+                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
             }
         }
     }

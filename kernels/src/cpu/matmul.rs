@@ -179,9 +179,12 @@ fn dot_block<L: Lanes, const R: usize, const T: usize>(
 ) -> [[f32; R]; T] {
     let mut sums = [[L::zero(); R]; T];
     let whole = cols - cols % LANES;
+    let mut weights = [L::zero(); R];
     let mut at = 0;
     while at < whole {
-        let weights: [L; R] = std::array::from_fn(|r| L::load(sixteen(w[r], at)));
+        for r in 0..R {
+            weights[r] = L::load(sixteen(w[r], at));
+        }
         for t in 0..T {
             let a = L::load(sixteen(x[t], at));
             for r in 0..R {
@@ -191,18 +194,27 @@ fn dot_block<L: Lanes, const R: usize, const T: usize>(
         at += LANES;
     }
     if whole < cols {
-        let padded = |row: &[f32]| {
-            let mut lanes = [0.0; LANES];
-            lanes[..cols - whole].copy_from_slice(&row[whole..cols]);
-            L::load(&lanes)
-        };
         for t in 0..T {
             for r in 0..R {
-                sums[t][r] = padded(x[t]).mul_add(padded(w[r]), sums[t][r]);
+                sums[t][r] = padded::<L>(&x[t][whole..cols]).mul_add(padded(&w[r][whole..cols]), sums[t][r]);
             }
         }
     }
-    sums.map(|row| row.map(|lanes| lanes.sum()))
+    let mut dots = [[0.0; R]; T];
+    for t in 0..T {
+        for r in 0..R {
+            dots[t][r] = sums[t][r].sum();
+        }
+    }
+    dots
+}
+
+/// Fewer than sixteen values, and zeros.
+#[inline(always)]
+fn padded<L: Lanes>(values: &[f32]) -> L {
+    let mut lanes = [0.0; LANES];
+    lanes[..values.len()].copy_from_slice(values);
+    L::load(&lanes)
 }
 
 #[cfg(test)]

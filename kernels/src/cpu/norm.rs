@@ -54,27 +54,28 @@ fn silu_gate_chunk_on(isa: Isa, gate: &mut [f32], up: &[f32]) {
 
 #[inline(always)]
 fn silu_gate_chunk<L: Lanes>(gate: &mut [f32], up: &[f32]) {
-    let sixteen_at = |gate: &mut [f32; LANES], up: &[f32; LANES]| {
-        let g = L::load(gate);
-        let mut denominator = [0.0; LANES];
-        L::zero().sub(g).exp().add(L::splat(1.0)).store(&mut denominator);
-        let numerator = g.mul(L::load(up));
-        numerator.store(gate);
-        for (value, d) in gate.iter_mut().zip(denominator) {
-            *value /= d;
-        }
-    };
     let whole = gate.len() - gate.len() % LANES;
     for at in (0..whole).step_by(LANES) {
-        sixteen_at(sixteen_mut(gate, at), sixteen(up, at));
+        silu_gate_lanes::<L>(sixteen_mut(gate, at), sixteen(up, at));
     }
     if whole < gate.len() {
         let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
         let rest = gate.len() - whole;
         g[..rest].copy_from_slice(&gate[whole..]);
         u[..rest].copy_from_slice(&up[whole..]);
-        sixteen_at(&mut g, &u);
+        silu_gate_lanes::<L>(&mut g, &u);
         gate[whole..].copy_from_slice(&g[..rest]);
+    }
+}
+
+#[inline(always)]
+fn silu_gate_lanes<L: Lanes>(gate: &mut [f32; LANES], up: &[f32; LANES]) {
+    let g = L::load(gate);
+    let mut denominator = [0.0; LANES];
+    L::zero().sub(g).exp().add(L::splat(1.0)).store(&mut denominator);
+    g.mul(L::load(up)).store(gate);
+    for (value, d) in gate.iter_mut().zip(denominator) {
+        *value /= d;
     }
 }
 

@@ -91,7 +91,10 @@ fn a_file_cut_anywhere_is_an_error_that_tells_its_size() {
     let whole = small_file();
     for len in 0..whole.0.len() {
         let error = Builder(whole.0[..len].to_vec()).error();
-        assert!(len < 4 || error.contains(&format!("{len} bytes")) || error.contains("left"), "{len}: {error}");
+        assert!(
+            len < 4 || error.contains(&format!("{len} bytes")) || error.contains("left"),
+            "{len}: {error}"
+        );
     }
 }
 

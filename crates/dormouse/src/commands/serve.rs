@@ -1,0 +1,99 @@
+//! `dormouse serve`: the server, until it is told to stop.
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::cli::ServeArguments;
+use crate::config::Config;
+use crate::output::outln;
+use crate::server::Server;
+use crate::sizes::Bytes;
+use crate::weights;
+
+pub async fn serve(config: &Config, arguments: ServeArguments) -> Result<()> {
+    config.check_exposure()?;
+    let models = weights::choose(config, arguments.yes).await?;
+    let mut signals = Signals::listen()?;
+    let server = tokio::select! {
+        server = Server::start(config, models) => server?,
+        () = signals.stop() => return Ok(()),
+    };
+    describe(config, &server).await?;
+    outln!("ready {}", server.url);
+    signals.stop().await;
+    tokio::select! {
+        stopped = server.stop() => stopped,
+        // A second signal is someone who will not wait; nothing acknowledged is lost by ending here.
+        () = signals.stop() => std::process::exit(1),
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Signals> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Signals {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// What was chosen, on standard error.
+async fn describe(config: &Config, server: &Server) -> Result<()> {
+    let running = &server.running;
+    let line = |name: &str, text: String| eprintln!("{name:<10}{text}");
+    line("dormouse", env!("CARGO_PKG_VERSION").into());
+    let key = if config.api_key.is_some() { "API key needed" } else { "no API key" };
+    line("address", format!("{} ({key})", server.url));
+    for (engine, pages) in running.engines.iter().zip(&running.pages) {
+        let model = engine.model();
+        line("model", format!("{} from {}", model.name, model.path().display()));
+        line(
+            "",
+            format!(
+                "context {} tokens, KV {} at {} bytes a token",
+                model.context(),
+                config.kv_dtype.name(),
+                model.kv_token_bytes()
+            ),
+        );
+        line("device", format!("{}, {} threads", model.numerics(), config.threads));
+        let state = if pages.report.created { "new".into() } else { format!("{} pages", pages.report.pages) };
+        line("pages", format!("{} ({state})", pages.path.display()));
+        if let Some(aside) = &pages.set_aside {
+            line("", format!("the file that was there cannot be used and is now {}", aside.display()));
+        }
+    }
+    line("data", format!("{}, durability {}", config.data_dir.display(), durability(config)));
+    let (quota, free) = (running.quota, crate::assemble::free_disk(&config.data_dir)?);
+    line("quota", format!("{quota} for pages; {} of disk are free", Bytes(free.0)));
+    let counts = running.store.session_counts().await?;
+    let sessions = counts.idle + counts.in_progress + counts.failed;
+    line("sessions", format!("{sessions} found, {} unfinished turns go on", running.recovered_turns));
+    for problem in running.store.health().await? {
+        line("database", problem);
+    }
+    Ok(())
+}
+
+fn durability(config: &Config) -> &'static str {
+    use crate::config::Durability;
+    match config.durability {
+        Durability::Power => "power",
+        Durability::Process => "process",
+        Durability::None => "none",
+    }
+}

@@ -1,0 +1,247 @@
+//! Settings: flags over the environment over one TOML file, resolved once into a typed [`Config`].
+
+use std::net::ToSocketAddrs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use dormouse_kernels::KvDtype;
+use serde::Deserialize;
+
+use crate::sizes::Bytes;
+
+pub const DEFAULT_PORT: u16 = 8642;
+
+/// Settings as flags or environment variables; every one may be absent.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Settings {
+    /// TOML file with settings; default: `dormouse/config.toml` in your configuration folder, if it exists
+    #[arg(long, global = true, env = "DORMOUSE_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Model to serve: a name from `dormouse models ls`, a GGUF file or a safetensors folder (repeatable)
+    #[arg(long = "model", global = true, env = "DORMOUSE_MODEL", value_name = "NAME|PATH")]
+    pub models: Vec<String>,
+    /// Address to listen on; anything but this computer needs an API key [default: 127.0.0.1]
+    #[arg(long, global = true, env = "DORMOUSE_HOST")]
+    pub host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 8642]
+    #[arg(long, global = true, env = "DORMOUSE_PORT")]
+    pub port: Option<u16>,
+    /// Folder for sessions, pages and weights [default: `dormouse` in your data folder]
+    #[arg(long, global = true, env = "DORMOUSE_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, global = true, env = "DORMOUSE_THREADS")]
+    pub threads: Option<usize>,
+    /// Positions a session may have [default: what the model was trained for]
+    #[arg(long = "ctx", global = true, env = "DORMOUSE_CTX", value_name = "TOKENS")]
+    pub context: Option<usize>,
+    /// How keys and values are stored; q8_0 takes half the bytes [default: f16]
+    #[arg(long, global = true, env = "DORMOUSE_KV_DTYPE", value_name = "f16|q8_0")]
+    pub kv_dtype: Option<String>,
+    /// Most bytes that page files may take [default: 20GiB, at most half of the free disk]
+    #[arg(long, global = true, env = "DORMOUSE_DISK_QUOTA", value_name = "SIZE")]
+    pub disk_quota: Option<Bytes>,
+    /// What an acknowledged token survives: loss of power, the process's end, or nothing promised [default: power]
+    #[arg(long, global = true, env = "DORMOUSE_DURABILITY")]
+    pub durability: Option<Durability>,
+    /// Key that clients must send as `Authorization: Bearer KEY`
+    #[arg(long, global = true, env = "DORMOUSE_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    Process,
+    #[default]
+    Power,
+    None,
+}
+
+/// The TOML file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    model: Option<OneOrMore>,
+    host: Option<String>,
+    port: Option<u16>,
+    data_dir: Option<PathBuf>,
+    threads: Option<usize>,
+    ctx: Option<usize>,
+    kv_dtype: Option<String>,
+    disk_quota: Option<Bytes>,
+    durability: Option<Durability>,
+    api_key: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+/// Every setting, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub models: Vec<String>,
+    pub host: String,
+    pub port: u16,
+    pub data_dir: PathBuf,
+    pub threads: usize,
+    pub context: Option<usize>,
+    pub kv_dtype: KvDtype,
+    pub disk_quota: Option<Bytes>,
+    pub durability: Durability,
+    pub api_key: Option<String>,
+}
+
+impl Config {
+    pub fn resolve(flags: &Settings) -> Result<Config> {
+        let file = match (&flags.config, default_config_path()) {
+            (Some(path), _) => read_file(path)?,
+            (None, Some(path)) if path.exists() => read_file(&path)?,
+            (None, _) => File::default(),
+        };
+        merge(flags.clone(), file)
+    }
+
+    /// Where downloaded weights lie.
+    pub fn weights_dir(&self) -> PathBuf {
+        self.data_dir.join("models")
+    }
+
+    /// Where page files lie.
+    pub fn pages_dir(&self) -> PathBuf {
+        self.data_dir.join("pages")
+    }
+
+    /// Fails for a host that others can reach, unless there is a key.
+    pub fn check_exposure(&self) -> Result<()> {
+        if self.api_key.is_some() || self.is_loopback()? {
+            return Ok(());
+        }
+        bail!(
+            "--host {} can be reached from other computers, so it needs an API key: set DORMOUSE_API_KEY, or listen \
+             on 127.0.0.1",
+            self.host
+        )
+    }
+
+    fn is_loopback(&self) -> Result<bool> {
+        let addresses = (self.host.as_str(), self.port).to_socket_addrs();
+        let mut addresses =
+            addresses.with_context(|| format!("--host {}: no such address on this computer", self.host))?;
+        Ok(addresses.all(|address| address.ip().is_loopback()))
+    }
+}
+
+fn default_config_path() -> Option<PathBuf> {
+    Some(directories::BaseDirs::new()?.config_dir().join("dormouse").join("config.toml"))
+}
+
+fn read_file(path: &Path) -> Result<File> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the settings file {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("the settings file {} has a mistake", path.display()))
+}
+
+fn merge(flags: Settings, file: File) -> Result<Config> {
+    let from_file = match file.model {
+        None => Vec::new(),
+        Some(OneOrMore::One(model)) => vec![model],
+        Some(OneOrMore::More(models)) => models,
+    };
+    let data_dir = match flags.data_dir.or(file.data_dir) {
+        Some(path) => path,
+        None => directories::BaseDirs::new()
+            .context("there is no home folder to put data into; say where with --data-dir")?
+            .data_dir()
+            .join("dormouse"),
+    };
+    let dtype = flags.kv_dtype.or(file.kv_dtype);
+    let kv_dtype = match &dtype {
+        None => KvDtype::F16,
+        Some(text) => KvDtype::parse(text)
+            .with_context(|| format!("--kv-dtype: expected f16 or q8_0, found '{text}'"))?,
+    };
+    let threads = match flags.threads.or(file.threads) {
+        Some(0) => bail!("--threads: expected at least 1, found 0"),
+        Some(threads) => threads,
+        None => default_threads(),
+    };
+    let api_key = flags.api_key.or(file.api_key);
+    if api_key.as_ref().is_some_and(|key| key.trim().is_empty()) {
+        bail!("the API key is empty: leave it out, or set one");
+    }
+    let config = Config {
+        models: if flags.models.is_empty() { from_file } else { flags.models },
+        host: flags.host.or(file.host).unwrap_or_else(|| "127.0.0.1".into()),
+        port: flags.port.or(file.port).unwrap_or(DEFAULT_PORT),
+        data_dir: std::path::absolute(&data_dir)
+            .with_context(|| format!("--data-dir {} is no usable path", data_dir.display()))?,
+        threads,
+        context: flags.context.or(file.ctx),
+        kv_dtype,
+        disk_quota: flags.disk_quota.or(file.disk_quota),
+        durability: flags.durability.or(file.durability).unwrap_or_default(),
+        api_key,
+    };
+    Ok(config)
+}
+
+/// The cores of this machine, all of them: the engine's threads park when there is nothing to do.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |threads| threads.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> File {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn flags_come_before_the_file_and_the_file_before_defaults() {
+        let flags = Settings { port: Some(1), data_dir: Some("/data".into()), ..Settings::default() };
+        let config =
+            merge(flags, file("port = 2\nthreads = 3\nmodel = \"smollm2\"\ndisk_quota = \"1GiB\"")).unwrap();
+        assert_eq!((config.port, config.threads, config.models), (1, 3, vec!["smollm2".to_string()]));
+        assert_eq!((config.disk_quota, config.durability), (Some(Bytes(1 << 30)), Durability::Power));
+        assert_eq!(config.host, "127.0.0.1");
+    }
+
+    #[test]
+    fn a_mistake_in_the_file_is_named() {
+        let error = toml::from_str::<File>("prot = 5").unwrap_err().to_string();
+        assert!(error.contains("prot") && error.contains("port"), "{error}");
+        assert!(toml::from_str::<File>("durability = \"strong\"").is_err());
+    }
+
+    #[test]
+    fn only_a_loopback_host_goes_without_a_key() {
+        let config = |host: &str, key: Option<&str>| {
+            let flags = Settings {
+                host: Some(host.into()),
+                api_key: key.map(String::from),
+                data_dir: Some("/data".into()),
+                ..Settings::default()
+            };
+            merge(flags, File::default()).unwrap()
+        };
+        assert!(config("127.0.0.1", None).check_exposure().is_ok());
+        assert!(config("::1", None).check_exposure().is_ok());
+        assert!(config("0.0.0.0", None).check_exposure().is_err());
+        assert!(config("0.0.0.0", Some("key")).check_exposure().is_ok());
+    }
+
+    #[test]
+    fn an_empty_key_is_a_mistake_and_not_an_open_door() {
+        let flags =
+            Settings { api_key: Some(String::new()), data_dir: Some("/d".into()), ..Settings::default() };
+        assert!(merge(flags, File::default()).is_err());
+    }
+}

@@ -1,0 +1,76 @@
+//! A server in this process: a running system and the socket it answers at.
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::assemble::{Running, assemble};
+use crate::config::Config;
+use crate::weights::ModelFile;
+
+/// How long stopping may take in all. What is not committed by then is found again at the next start.
+const STOP_LIMIT: Duration = Duration::from_millis(1800);
+
+pub struct Server {
+    /// `http://HOST:PORT`.
+    pub url: String,
+    pub running: Running,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<io::Result<()>>,
+}
+
+impl Server {
+    /// Opens the data directory, loads the models and begins to answer at the configured address.
+    pub async fn start(config: &Config, models: Vec<ModelFile>) -> Result<Server> {
+        config.check_exposure()?;
+        let running = assemble(config, &models).await?;
+        let bound = TcpListener::bind((config.host.as_str(), config.port)).await;
+        let listener = bound.with_context(|| {
+            format!(
+                "cannot listen on {}:{}; choose another address with --host or --port",
+                config.host, config.port
+            )
+        })?;
+        let address = listener.local_addr()?;
+        let url = format!("http://{address}");
+        let options = dormouse_server::Options {
+            api_key: config.api_key.clone(),
+            loopback_only: address.ip().is_loopback(),
+            ..dormouse_server::Options::default()
+        };
+        let router = dormouse_server::router(running.runtime.clone(), options);
+        let (stop, stopped) = oneshot::channel();
+        let serving = tokio::spawn(dormouse_server::serve(listener, router, async {
+            // A sender that is gone stops the server just as well.
+            stopped.await.unwrap_or_default();
+        }));
+        running.store.set_address(url.clone()).await?;
+        Ok(Server { url, running, stop, serving })
+    }
+
+    /// Accepts nothing more, stops generating at the next step, commits, and closes the database.
+    pub async fn stop(self) -> Result<()> {
+        // The receiver is gone only when serving has ended already.
+        let _ = self.stop.send(());
+        let stopping = async {
+            self.running.runtime.shutdown().await;
+            self.serving
+                .await
+                .context("the server's task failed")?
+                .context("the server stopped with an error")
+        };
+        match tokio::time::timeout(STOP_LIMIT, stopping).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                tracing::warn!(
+                    "stopping took too long; what was not committed is computed again at the next start"
+                );
+                Ok(())
+            }
+        }
+    }
+}

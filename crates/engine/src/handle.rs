@@ -1,0 +1,143 @@
+//! [`Engine`]: the handle through which everyone else speaks to the engine thread.
+
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Instant;
+
+use dormouse_kernels::Cpu;
+use dormouse_kv::{Durability, PagePool};
+use dormouse_models::{Model, TokenId};
+use dormouse_store::Store;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::oneshot;
+
+use crate::persist::Persister;
+use crate::worker::{Command, State, Worker};
+use crate::{EngineError, EngineStats, Event, Receipt, TurnSpec};
+
+/// A durable session's hold on a path of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The path's last page; None when no page matches.
+    pub leaf_slot: Option<u32>,
+    /// Positions of the session's log that the path covers.
+    pub kv_len: usize,
+}
+
+/// One model being served. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    model: Arc<Model>,
+    page_file: i64,
+    // A `Sender` is `Sync` in std, so handles need no lock.
+    commands: mpsc::Sender<Command>,
+    trouble: Arc<Mutex<Option<String>>>,
+}
+
+impl Engine {
+    /// Starts the engine thread. `page_file` is the catalog's number of the file that `pool` opened.
+    pub fn start(
+        model: Arc<Model>,
+        cpu: Cpu,
+        pool: PagePool,
+        page_file: i64,
+        store: Store,
+        durability: Durability,
+    ) -> std::io::Result<Engine> {
+        let (commands, inbox) = mpsc::channel();
+        let trouble = Arc::new(Mutex::new(None));
+        let persister = Persister::start(store, durability, commands.clone())?;
+        let engine = Engine { model, page_file, commands, trouble };
+        let (model, trouble) = (Arc::clone(&engine.model), Arc::clone(&engine.trouble));
+        std::thread::Builder::new().name(format!("dormouse-engine-{}", engine.model.name)).spawn(move || {
+            let notice = Notice(Arc::clone(&trouble));
+            let state = State::default();
+            Worker { model, cpu, pool, page_file, persister, commands: inbox, trouble, state }.run();
+            drop(notice);
+        })?;
+        Ok(engine)
+    }
+
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    pub fn page_file(&self) -> i64 {
+        self.page_file
+    }
+
+    /// Runs a turn whose input is already in the durable token log. Its events end with `Finished` or `Failed`.
+    pub fn submit(&self, spec: TurnSpec) -> Result<UnboundedReceiver<Event>, EngineError> {
+        let (events, receiver) = unbounded_channel();
+        self.send(Command::Submit(Box::new(spec), events, Instant::now()))?;
+        Ok(receiver)
+    }
+
+    /// Ends a turn at the next step; what it generated stays. Unknown turns are ignored.
+    pub fn cancel(&self, turn: &str) {
+        // A stopped engine has no turns left to cancel.
+        let _ = self.send(Command::Cancel(turn.to_owned()));
+    }
+
+    /// Lets a durable session point at the pages of `log`, so that they count as its own.
+    pub async fn claim(&self, log: Vec<TokenId>) -> Result<Claim, EngineError> {
+        self.ask(|answer| Command::Claim(log, answer)).await?
+    }
+
+    /// Takes a claim back. `purge`: delete the pages that nobody else uses.
+    pub async fn unclaim(&self, leaf_slot: Option<u32>, purge: bool) {
+        if let Some(leaf_slot) = leaf_slot {
+            // A stopped engine's claims are counted anew from the catalog at the next start.
+            let _ = self.send(Command::Unclaim { leaf_slot, purge });
+        }
+    }
+
+    /// Gives back the RAM of the pages of `log`; answers how many bytes that were.
+    pub async fn park(&self, log: Vec<TokenId>) -> Result<u64, EngineError> {
+        self.ask(|answer| Command::Park(log, answer)).await
+    }
+
+    /// Brings the pages of `log` into RAM and checks them; with `dry_run` only says what that would take.
+    pub async fn resume(&self, log: Vec<TokenId>, dry_run: bool) -> Result<Receipt, EngineError> {
+        self.ask(|answer| Command::Resume { log, dry_run, answer }).await
+    }
+
+    pub async fn stats(&self) -> Result<EngineStats, EngineError> {
+        self.ask(Command::Stats).await
+    }
+
+    /// Why the engine cannot serve, if it cannot.
+    pub fn unhealthy(&self) -> Option<String> {
+        match self.trouble.lock() {
+            Ok(trouble) => trouble.clone(),
+            Err(_) => Some("the engine thread panicked; restart".into()),
+        }
+    }
+
+    /// Stops at the next step and commits what was generated. Running turns end with `Failed(Stopped)`.
+    pub async fn shutdown(&self) {
+        // An engine that is gone already has stopped.
+        let _ = self.ask(Command::Shutdown).await;
+    }
+
+    fn send(&self, command: Command) -> Result<(), EngineError> {
+        self.commands.send(command).map_err(|_| EngineError::Stopped)
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
+        let (answer, receiver) = oneshot::channel();
+        self.send(command(answer))?;
+        receiver.await.map_err(|_| EngineError::Stopped)
+    }
+}
+
+/// Notes the end of the engine thread, however it comes.
+struct Notice(Arc<Mutex<Option<String>>>);
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        if let Ok(mut trouble) = self.0.lock() {
+            let how = if std::thread::panicking() { "panicked" } else { "stopped" };
+            trouble.get_or_insert_with(|| format!("the engine thread has {how}; restart"));
+        }
+    }
+}

@@ -1,0 +1,17 @@
+/// What one engine counts since its start, and what it holds now.
+#[derive(Clone, Debug, Default)]
+pub struct EngineStats {
+    pub running: usize,
+    pub waiting: usize,
+    pub steps: u64,
+    /// Rows computed that were not sampled by the turn they belong to.
+    pub prompt_tokens_computed: u64,
+    pub output_tokens: u64,
+    pub restored_tokens: u64,
+    /// Tokens computed although an earlier computation had covered them.
+    pub recomputed_tokens: u64,
+    pub restored_bytes_read: u64,
+    pub commits: u64,
+    pub commit_failures: u64,
+    pub kv: dormouse_kv::Stats,
+}

@@ -1,0 +1,138 @@
+//! One turn while the engine holds it.
+
+use std::time::Instant;
+
+use dormouse_kv::{BlockTable, Ticket};
+use dormouse_models::{Model, TokenId};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::sampling::History;
+use crate::{EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec};
+
+/// A turn that was submitted and has no pages yet.
+pub struct Waiting {
+    pub spec: TurnSpec,
+    pub events: UnboundedSender<Event>,
+    pub since: Instant,
+}
+
+/// A turn with pages: it computes, or it waits for its last commit.
+pub struct Turn {
+    pub spec: TurnSpec,
+    events: UnboundedSender<Event>,
+    since: Instant,
+    pub table: BlockTable,
+    /// The token log; the tokens from `durable` on are not committed yet.
+    pub log: Vec<TokenId>,
+    pub durable: usize,
+    /// Positions of the table that a commit has named.
+    pub named: usize,
+    pub last_commit: Instant,
+    pub in_flight: Option<Ticket>,
+    history: History,
+    text: OutputText,
+    pub receipt: Receipt,
+    /// Set when nothing more is to be computed.
+    pub ending: Option<Ending>,
+}
+
+/// How a turn ends.
+#[derive(Clone, Debug)]
+pub enum Ending {
+    Finish(FinishReason),
+    Fail(EngineError),
+}
+
+impl Turn {
+    /// Begins with what was restored. Output tokens that the log already holds are published again, so that a turn
+    /// which was interrupted says the same from its first event on; they may show that it had already ended.
+    pub fn new(model: &Model, waiting: Waiting, table: BlockTable, receipt: Receipt) -> Turn {
+        let Waiting { spec, events, since } = waiting;
+        let (prompt, output) = spec.log.split_at(spec.output_start);
+        let history = if spec.sampling.uses_history() { History::new(prompt, output) } else { History::default() };
+        let mut turn = Turn {
+            log: prompt.to_vec(),
+            durable: spec.log.len(),
+            named: table.len(),
+            last_commit: Instant::now(),
+            in_flight: None,
+            history,
+            text: OutputText::new(model.tokenizer(), &spec.stop),
+            ending: None,
+            table,
+            receipt,
+            since,
+            events,
+            spec,
+        };
+        turn.say(Event::Started(turn.receipt.clone()));
+        for token in turn.spec.log[turn.spec.output_start..].to_vec() {
+            turn.publish(model, token, None);
+        }
+        if turn.spec.max_tokens == 0 {
+            turn.end(Ending::Finish(FinishReason::Length));
+        }
+        turn
+    }
+
+    /// Positions whose KV is still to be computed. At least one while the turn is alive: the last token's.
+    pub fn pending(&self) -> usize {
+        self.log.len() - self.table.len()
+    }
+
+    /// Chooses the next token from its logits and publishes it.
+    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) {
+        let sampling = &self.spec.sampling;
+        let raw = sampling.logprobs.map(|top| (logits.to_vec(), usize::from(top)));
+        let token = sampling.choose(logits, &self.history, self.log.len());
+        if sampling.uses_history() {
+            self.history.push(token);
+        }
+        if self.log.len() == self.spec.output_start {
+            self.receipt.ttft_ms = self.since.elapsed().as_secs_f64() * 1e3;
+        }
+        let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
+        self.publish(model, token, logprob);
+    }
+
+    /// Appends an output token to the log, says what text it made certain, and sees whether the turn is over.
+    fn publish(&mut self, model: &Model, token: TokenId, logprob: Option<TokenLogprob>) {
+        let index = self.log.len() - self.spec.output_start;
+        self.log.push(token);
+        let (text, stopped) = self.text.push(token);
+        self.say(Event::Token(TokenOutput { index, token, text, logprob }));
+        let ended = !self.spec.ignore_eos && model.tokenizer().eog_tokens().contains(&token);
+        if stopped || ended {
+            self.end(Ending::Finish(FinishReason::Stop));
+        } else if index + 1 >= self.spec.max_tokens || self.log.len() >= model.context() {
+            self.end(Ending::Finish(FinishReason::Length));
+        }
+    }
+
+    /// The first reason to end is the one that counts.
+    pub fn end(&mut self, ending: Ending) {
+        self.ending.get_or_insert(ending);
+    }
+
+    /// Everything the turn gained is durable (or cannot become so): says how it ended and gives its pages back.
+    pub fn close(mut self) -> BlockTable {
+        let last = match self.ending.take().unwrap_or(Ending::Fail(EngineError::Stopped)) {
+            Ending::Fail(error) => Event::Failed(error),
+            Ending::Finish(reason) => Event::Finished(Finish {
+                reason,
+                text: self.text.finish(),
+                output_tokens: self.log.len() - self.spec.output_start,
+                log_len: self.durable,
+                receipt: self.receipt,
+            }),
+        };
+        // As in `say`: nobody listening is no error.
+        let _ = self.events.send(last);
+        self.table
+    }
+
+    /// Nobody listening is no error: a background turn goes on, and who left has cancelled by other means.
+    fn say(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+}

@@ -1,0 +1,521 @@
+//! The engine thread: `schedule → forward → sample → publish → persist`, until told to stop.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use dormouse_kernels::cpu::attention::Sequence;
+use dormouse_kernels::{Cpu, PagePtr};
+use dormouse_kv::{KvError, PagePool};
+use dormouse_models::decoder::{Activations, Batch};
+use dormouse_models::{Model, TokenId};
+use dormouse_store::StepCommit;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
+
+use crate::persist::{Acknowledgement, Commit, Persister};
+use crate::turn::{Ending, Turn, Waiting};
+use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
+
+/// Turns that hold pages at once; the others wait in the queue.
+const RUNNING_MOST: usize = 32;
+/// Output tokens that wait for a commit at the most, and how long they wait at the most.
+const COMMIT_TOKENS: usize = 16;
+const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
+/// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
+const STEP_SECONDS: f64 = 0.2;
+const STEP_ROWS_LEAST: usize = 16;
+const STEP_ROWS_MOST: usize = 256;
+
+/// What the engine thread is asked.
+pub enum Command {
+    Submit(Box<TurnSpec>, UnboundedSender<Event>, Instant),
+    Cancel(String),
+    Claim(Vec<TokenId>, oneshot::Sender<Result<Claim, EngineError>>),
+    Unclaim { leaf_slot: u32, purge: bool },
+    Park(Vec<TokenId>, oneshot::Sender<u64>),
+    Resume { log: Vec<TokenId>, dry_run: bool, answer: oneshot::Sender<Receipt> },
+    Stats(oneshot::Sender<EngineStats>),
+    Persisted(Acknowledgement),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// Everything the loop owns. One thread, so nothing here needs a lock.
+pub struct Worker {
+    pub model: Arc<Model>,
+    pub cpu: Cpu,
+    pub pool: PagePool,
+    pub page_file: i64,
+    pub persister: Persister,
+    pub commands: mpsc::Receiver<Command>,
+    /// Why the engine cannot serve any more, for those who ask about its health.
+    pub trouble: Arc<Mutex<Option<String>>>,
+    pub state: State,
+}
+
+#[derive(Default)]
+pub struct State {
+    queue: VecDeque<Waiting>,
+    running: Vec<Turn>,
+    /// A commit of removals alone is on its way.
+    removals_in_flight: bool,
+    /// Turn that the prefill budget is offered to first, so that it goes round.
+    next_prefill: usize,
+    rows_per_second: f64,
+    work: Activations,
+    stats: EngineStats,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+/// The rows of one turn in a step.
+struct Slice {
+    turn: usize,
+    rows: usize,
+    /// The last row's logits are wanted: it is the last token of the turn's log.
+    samples: bool,
+}
+
+impl Worker {
+    pub fn run(mut self) {
+        loop {
+            self.take_commands();
+            if self.state.stopping.is_some() && self.state.running.is_empty() {
+                break;
+            }
+            self.admit();
+            let step = self.schedule();
+            if !step.is_empty() {
+                self.forward(&step);
+                self.sample(&step);
+            }
+            self.persist();
+        }
+        // Whoever waits for the end may now find the page file closed.
+        let Worker { pool, persister, state, .. } = self;
+        drop(persister);
+        drop(pool);
+        if let Some(answer) = state.stopping {
+            let _ = answer.send(());
+        }
+    }
+
+    /// Takes every command that is there; sleeps for the next one when there is nothing to compute.
+    fn take_commands(&mut self) {
+        let mut idle = !self.has_work();
+        loop {
+            let command = if idle {
+                match self.commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => {
+                        // Every handle is gone: end as if asked to.
+                        self.stop(oneshot::channel().0);
+                        return;
+                    }
+                }
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    Err(_) => return,
+                }
+            };
+            self.obey(command);
+            idle = !self.has_work();
+        }
+    }
+
+    /// Something can be done without another command.
+    fn has_work(&self) -> bool {
+        let state = &self.state;
+        let computes = |turn: &Turn| turn.ending.is_none() || turn.in_flight.is_none();
+        let waits_for_room = state.removals_in_flight && state.running.iter().all(|turn| turn.ending.is_none());
+        (state.running.iter().any(computes) && !(waits_for_room && state.running.len() <= 1))
+            || (!state.queue.is_empty() && state.running.len() < RUNNING_MOST)
+            || (state.stopping.is_some() && state.running.is_empty())
+    }
+
+    fn obey(&mut self, command: Command) {
+        // An answer that nobody waits for any more is no error.
+        match command {
+            Command::Submit(spec, events, since) => {
+                if self.state.stopping.is_some() {
+                    let _ = events.send(Event::Failed(EngineError::Stopped));
+                    return;
+                }
+                let waiting = Waiting { spec: *spec, events, since };
+                let after = self.state.queue.iter().rposition(|other| other.spec.priority >= waiting.spec.priority);
+                self.state.queue.insert(after.map_or(0, |at| at + 1), waiting);
+            }
+            Command::Cancel(id) => self.cancel(&id),
+            Command::Claim(log, answer) => {
+                let _ = answer.send(self.claim(&log));
+            }
+            Command::Unclaim { leaf_slot, purge } => self.pool.unclaim(leaf_slot, purge),
+            Command::Park(log, answer) => {
+                let _ = answer.send(self.pool.park(&log));
+            }
+            Command::Resume { log, dry_run, answer } => {
+                let _ = answer.send(if dry_run { self.estimate(&log) } else { self.restore(&log).1 });
+            }
+            Command::Stats(answer) => {
+                let state = &self.state;
+                let _ = answer.send(EngineStats {
+                    running: state.running.len(),
+                    waiting: state.queue.len(),
+                    kv: self.pool.stats(),
+                    ..state.stats.clone()
+                });
+            }
+            Command::Persisted(acknowledgement) => self.acknowledge(acknowledgement),
+            Command::Shutdown(answer) => self.stop(answer),
+        }
+    }
+
+    fn stop(&mut self, answer: oneshot::Sender<()>) {
+        self.state.stopping = Some(answer);
+        for waiting in self.state.queue.drain(..) {
+            let _ = waiting.events.send(Event::Failed(EngineError::Stopped));
+        }
+        for turn in &mut self.state.running {
+            turn.end(Ending::Fail(EngineError::Stopped));
+        }
+    }
+
+    fn cancel(&mut self, id: &str) {
+        if let Some(turn) = self.state.running.iter_mut().find(|turn| turn.spec.turn == id) {
+            turn.end(Ending::Finish(FinishReason::Cancelled));
+        } else if let Some(at) = self.state.queue.iter().position(|waiting| waiting.spec.turn == id)
+            && let Some(waiting) = self.state.queue.remove(at)
+        {
+            // It never ran: it ends with what its log already held.
+            let receipt = Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
+            let (table, _) = self.restore(&[]);
+            let mut turn = Turn::new(&self.model, waiting, table, receipt);
+            turn.end(Ending::Finish(FinishReason::Cancelled));
+            self.state.running.push(turn);
+        }
+    }
+
+    fn claim(&mut self, log: &[TokenId]) -> Result<Claim, EngineError> {
+        let (leaf_slot, kv_len) = self.pool.leaf_of(log);
+        if let Some(slot) = leaf_slot {
+            self.pool.claim(slot).map_err(|error| EngineError::Storage(error.to_string()))?;
+        }
+        Ok(Claim { leaf_slot, kv_len })
+    }
+
+    /// What restoring this log would find and read.
+    fn estimate(&self, log: &[TokenId]) -> Receipt {
+        /// Bytes per second of a modest solid-state disk.
+        const DISK_RATE: f64 = 1e9;
+        let probe = self.pool.probe(log);
+        Receipt {
+            restored_tokens: probe.tokens,
+            tier: tier(probe.tokens, probe.non_resident_bytes > 0),
+            restore_ms: probe.non_resident_bytes as f64 / DISK_RATE * 1e3,
+            bytes_read: probe.non_resident_bytes,
+            exact: true,
+            ..Receipt::default()
+        }
+    }
+
+    /// Maps and checks the pages of this log; the table is released again unless the caller keeps it.
+    fn restore(&mut self, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
+        let begun = Instant::now();
+        let attached = self.pool.attach(log);
+        let receipt = Receipt {
+            restored_tokens: attached.restored,
+            tier: tier(attached.restored, attached.from_disk),
+            restore_ms: begun.elapsed().as_secs_f64() * 1e3,
+            bytes_read: attached.bytes_read,
+            exact: true,
+            miss: (!attached.damaged.is_empty())
+                .then(|| Miss { reason: "page_damaged".into(), at_token: attached.restored, at_message: None }),
+            ..Receipt::default()
+        };
+        (attached.table, receipt)
+    }
+
+    /// Gives pages to waiting turns while there is room.
+    fn admit(&mut self) {
+        while self.state.running.len() < RUNNING_MOST {
+            let Some(waiting) = self.state.queue.pop_front() else { return };
+            let spec = &waiting.spec;
+            if spec.log.is_empty() || spec.log.len() > self.model.context() {
+                let error = EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
+                let _ = waiting.events.send(Event::Failed(error));
+                continue;
+            }
+            let queue_ms = waiting.since.elapsed().as_secs_f64() * 1e3;
+            // The last token is always computed: its logits are what the turn begins with.
+            let (mut table, restored) = self.restore(&spec.log[..spec.log.len() - 1]);
+            self.pool.set_claim(&mut table, spec.claim);
+            let covered = spec.covered.min(spec.log.len() - 1);
+            let receipt = Receipt {
+                session: spec.session.clone(),
+                recomputed_tokens: covered.saturating_sub(restored.restored_tokens),
+                queue_ms,
+                miss: restored.miss.or_else(|| {
+                    (restored.restored_tokens < covered).then(|| Miss {
+                        reason: "page_evicted".into(),
+                        at_token: restored.restored_tokens,
+                        at_message: None,
+                    })
+                }),
+                ..restored
+            };
+            let stats = &mut self.state.stats;
+            stats.restored_tokens += receipt.restored_tokens as u64;
+            stats.recomputed_tokens += receipt.recomputed_tokens as u64;
+            stats.restored_bytes_read += receipt.bytes_read;
+            self.state.running.push(Turn::new(&self.model, waiting, table, receipt));
+        }
+    }
+
+    /// Chooses the rows of the next step and reserves room for them: one row of every turn that decodes, then pieces
+    /// of prompts, in turn, up to the step's budget.
+    fn schedule(&mut self) -> Vec<Slice> {
+        let count = self.state.running.len();
+        let mut step = Vec::with_capacity(count);
+        let decoding = self.state.running.iter().filter(|turn| turn.ending.is_none() && turn.pending() == 1).count();
+        let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
+        let mut left = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST).saturating_sub(decoding).max(1);
+        let first = self.state.next_prefill;
+        let order = (0..count)
+            .filter(|i| self.state.running[*i].pending() == 1)
+            .chain((0..count).map(|i| (first + i) % count).filter(|i| self.state.running[*i].pending() > 1))
+            .collect::<Vec<usize>>();
+        for index in order {
+            let turn = &self.state.running[index];
+            let pending = turn.pending();
+            if turn.ending.is_some() || left == 0 {
+                continue;
+            }
+            let rows = if pending == 1 { 1 } else { pending.min(left) };
+            if !self.reserve(index, rows) {
+                continue;
+            }
+            if pending > 1 {
+                left -= rows;
+                self.state.next_prefill = index + 1;
+            }
+            step.push(Slice { turn: index, rows, samples: rows == pending });
+        }
+        step
+    }
+
+    /// Room for `rows` more positions of a turn. False when it must wait for another commit, or has failed.
+    fn reserve(&mut self, index: usize, rows: usize) -> bool {
+        let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
+            Ok(()) => return true,
+            Err(KvError::AwaitingRemovals { .. }) => {
+                self.commit_removals();
+                return false;
+            }
+            Err(error) => error,
+        };
+        // Others that end give their pages back; with none, waiting would be for ever.
+        let others = self.state.running.len() > 1 || self.state.removals_in_flight;
+        if matches!(error, KvError::Full { .. }) && others && self.oldest_running() != Some(index) {
+            return false;
+        }
+        let failure = match error {
+            KvError::Full { .. } | KvError::NoSpace { .. } => EngineError::OutOfSpace(error.to_string()),
+            other => self.in_trouble(other.to_string()),
+        };
+        self.state.running[index].end(Ending::Fail(failure));
+        false
+    }
+
+    fn oldest_running(&self) -> Option<usize> {
+        self.state.running.iter().position(|turn| turn.ending.is_none())
+    }
+
+    fn in_trouble(&self, what: String) -> EngineError {
+        tracing::error!("{what}");
+        if let Ok(mut trouble) = self.trouble.lock() {
+            trouble.get_or_insert_with(|| what.clone());
+        }
+        EngineError::Storage(what)
+    }
+
+    /// Computes the step's rows in one pass over the weights.
+    fn forward(&mut self, step: &[Slice]) {
+        let begun = Instant::now();
+        let state = &mut self.state;
+        let mut tokens = Vec::new();
+        let mut pages: Vec<PagePtr> = Vec::new();
+        let mut tables = Vec::with_capacity(step.len());
+        let mut logit_rows = Vec::new();
+        for slice in step {
+            let turn = &state.running[slice.turn];
+            let start = turn.table.len();
+            let first_page = pages.len();
+            self.pool.page_ptrs(&turn.table, &mut pages);
+            tables.push((first_page..pages.len(), tokens.len(), start));
+            tokens.extend_from_slice(&turn.log[start..start + slice.rows]);
+            if slice.samples {
+                logit_rows.push(tokens.len() - 1);
+            }
+        }
+        let sequences: Vec<Sequence<'_>> = step
+            .iter()
+            .zip(tables)
+            .map(|(slice, (table, first_row, start))| Sequence {
+                pages: &pages[table],
+                first_row,
+                rows: slice.rows,
+                start,
+            })
+            .collect();
+        let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
+        self.model.decoder().forward(&self.cpu, self.model.layout(), &batch, &mut state.work);
+
+        for slice in step {
+            let turn = &mut state.running[slice.turn];
+            let start = turn.table.len();
+            self.pool.advance(&mut turn.table, &turn.log[start..start + slice.rows]);
+        }
+        state.stats.steps += 1;
+        state.stats.prompt_tokens_computed += (tokens.len() - logit_rows.len()) as u64;
+        let rate = tokens.len() as f64 / begun.elapsed().as_secs_f64();
+        state.rows_per_second = if tokens.len() < STEP_ROWS_LEAST { state.rows_per_second } else { rate };
+    }
+
+    /// Chooses and publishes the next token of every turn whose last token was computed.
+    fn sample(&mut self, step: &[Slice]) {
+        let state = &mut self.state;
+        let vocab = self.model.decoder().config().vocab;
+        let mut rows = state.work.logits_mut().chunks_exact_mut(vocab);
+        for slice in step.iter().filter(|slice| slice.samples) {
+            let Some(logits) = rows.next() else { return };
+            state.running[slice.turn].sample(&self.model, logits);
+            state.stats.output_tokens += 1;
+        }
+    }
+
+    /// Sends commits on their way and closes the turns that are over and durable.
+    fn persist(&mut self) {
+        let mut index = 0;
+        while index < self.state.running.len() {
+            let turn = &self.state.running[index];
+            let gained = turn.log.len() > turn.durable || turn.table.len() > turn.named;
+            let due = turn.ending.is_some()
+                || turn.log.len() - turn.durable >= COMMIT_TOKENS
+                || turn.table.len() / dormouse_kernels::PAGE_TOKENS > turn.named / dormouse_kernels::PAGE_TOKENS
+                || turn.last_commit.elapsed() >= COMMIT_INTERVAL;
+            let writable = !matches!(turn.ending, Some(Ending::Fail(EngineError::Storage(_) | EngineError::LeaseLost)));
+            if turn.in_flight.is_none() && gained && due && writable {
+                self.commit(index);
+            }
+            let turn = &self.state.running[index];
+            let settled = !(turn.log.len() > turn.durable || turn.table.len() > turn.named) || !writable;
+            if turn.ending.is_some() && turn.in_flight.is_none() && settled {
+                let turn = self.state.running.remove(index);
+                self.pool.release(turn.close());
+            } else {
+                index += 1;
+            }
+        }
+        if self.state.running.is_empty() {
+            self.commit_removals();
+        }
+    }
+
+    fn commit(&mut self, index: usize) {
+        let turn = &mut self.state.running[index];
+        let pending = match self.pool.commit(&mut turn.table) {
+            Ok(pending) => pending,
+            Err(error) => {
+                let failure = self.in_trouble(error.to_string());
+                self.state.running[index].ending = Some(Ending::Fail(failure));
+                return;
+            }
+        };
+        turn.in_flight = Some(pending.ticket);
+        turn.last_commit = Instant::now();
+        turn.named = pending.kv_len;
+        let step = StepCommit {
+            session: turn.spec.session.clone(),
+            fence: turn.spec.fence,
+            log_start: turn.durable,
+            tokens: turn.log[turn.durable..].to_vec(),
+            page_file: self.page_file,
+            pages: pending.rows,
+            removed: pending.removed,
+            leaf_slot: pending.leaf_slot,
+            kv_len: pending.kv_len,
+        };
+        let turn_id = Some(turn.spec.turn.clone());
+        self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: turn_id });
+    }
+
+    /// Tells the catalog of pages that were evicted, damaged or deleted.
+    fn commit_removals(&mut self) {
+        if self.state.removals_in_flight {
+            return;
+        }
+        match self.pool.commit_removals() {
+            Ok(None) => {}
+            Ok(Some(pending)) => {
+                let step = StepCommit {
+                    page_file: self.page_file,
+                    pages: pending.rows,
+                    removed: pending.removed,
+                    ..StepCommit::default()
+                };
+                self.state.removals_in_flight = true;
+                self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: None });
+            }
+            Err(error) => {
+                self.in_trouble(error.to_string());
+            }
+        }
+    }
+
+    fn send(&mut self, commit: Commit) {
+        let (ticket, turn, log_len) = (commit.ticket, commit.turn.clone(), commit.step.log_start);
+        if !self.persister.send(commit) {
+            let outcome = Err(self.in_trouble("the thread that writes commits has stopped; restart".into()));
+            self.acknowledge(Acknowledgement { ticket, turn, log_len, outcome });
+        }
+    }
+
+    fn acknowledge(&mut self, answer: Acknowledgement) {
+        match &answer.outcome {
+            Ok(()) => {
+                self.pool.acknowledge(answer.ticket);
+                self.state.stats.commits += 1;
+            }
+            Err(error) => {
+                tracing::error!("a commit failed: {error}");
+                self.pool.withdraw(answer.ticket);
+                self.state.stats.commit_failures += 1;
+            }
+        }
+        let Some(id) = answer.turn else {
+            self.state.removals_in_flight = false;
+            return;
+        };
+        let Some(turn) = self.state.running.iter_mut().find(|turn| turn.spec.turn == id) else { return };
+        turn.in_flight = None;
+        match answer.outcome {
+            Ok(()) => turn.durable = answer.log_len,
+            // What could not be written is not claimed: the turn ends with the log as it is on disk.
+            Err(error) => {
+                let error = match error {
+                    EngineError::OutOfSpace(why) => EngineError::Storage(why),
+                    other => other,
+                };
+                turn.ending = Some(Ending::Fail(error));
+            }
+        }
+    }
+}
+
+fn tier(restored: usize, from_disk: bool) -> Tier {
+    match (restored, from_disk) {
+        (0, _) => Tier::None,
+        (_, true) => Tier::Disk,
+        (_, false) => Tier::Ram,
+    }
+}

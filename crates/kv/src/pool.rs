@@ -1,0 +1,338 @@
+//! The page pool: one page file, the tree of its pages, and who uses them. One thread owns it, so nothing is locked.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use dormouse_kernels::{PAGE_TOKENS, PageLayout};
+use dormouse_store::{PageRow, RemovedPage};
+
+use crate::bytes;
+use crate::commit::InFlight;
+use crate::file::{MappedRange, PageFile};
+use crate::identity::Chain;
+use crate::rebuild::{OpenReport, rebuild};
+use crate::table::{BlockTable, TableId};
+use crate::tree::{Path as TreePath, Tree};
+use crate::{Identity, KvError};
+
+/// What the pool may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most bytes the page file may grow to. A file that is larger already is used as it is, but grows no more.
+    pub quota_bytes: u64,
+}
+
+/// The KV pages of one tenant under one fingerprint.
+#[derive(Debug)]
+pub struct PagePool {
+    pub(crate) file: PageFile,
+    pub(crate) tree: Tree,
+    pub(crate) quota_slots: u32,
+    /// Slots that hold nothing and may be written.
+    pub(crate) free: BTreeSet<u32>,
+    /// Slots of removed pages that the catalog may still name, with the page that took their claims.
+    pub(crate) awaiting: HashMap<u32, Option<u32>>,
+    /// Removals for the next commit.
+    pub(crate) removals: Vec<RemovedPage>,
+    pub(crate) in_flight: VecDeque<InFlight>,
+    /// Live tables of sessions, with the leaf that the session claims in the catalog.
+    pub(crate) table_claims: HashMap<TableId, Option<u32>>,
+    pub(crate) poisoned: Arc<AtomicBool>,
+    pub(crate) counters: Counters,
+    pub(crate) next_ticket: u64,
+    next_table: u64,
+    clock: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) evictions: u64,
+    pub(crate) copies_on_write: u64,
+    pub(crate) deduplicated: u64,
+    pub(crate) damaged: u64,
+    pub(crate) bytes_committed: u64,
+}
+
+/// What [`PagePool::attach`] found.
+#[derive(Debug)]
+pub struct Attached {
+    pub table: BlockTable,
+    /// Tokens whose KV need not be computed: `table.len()`.
+    pub restored: usize,
+    /// Slots of pages that were found damaged, and removed with everything after them.
+    pub damaged: Vec<u32>,
+    /// Bytes that were not in RAM and had to be read.
+    pub bytes_read: u64,
+    pub from_disk: bool,
+}
+
+/// What [`PagePool::attach`] would find, as far as can be told without reading pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Probe {
+    /// Tokens whose KV would be restored.
+    pub tokens: usize,
+    pub resident_bytes: u64,
+    pub non_resident_bytes: u64,
+}
+
+/// What [`PagePool::verify_all`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VerifyReport {
+    pub pages: usize,
+    pub bytes: u64,
+    /// Slots whose bytes cannot be read or do not have the checksum that the catalog names.
+    pub damaged: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub slots_total: usize,
+    /// Slots that the quota allows.
+    pub slots_quota: usize,
+    /// Slots that hold a page.
+    pub slots_used: usize,
+    pub slots_free: usize,
+    /// Pages at which a session's path ends.
+    pub slots_claimed: usize,
+    /// Pages in use by live tables.
+    pub slots_pinned: usize,
+    /// Slots of removed pages that the catalog has not forgotten yet.
+    pub slots_awaiting: usize,
+    pub slot_bytes: u64,
+    /// Since the pool was opened, as all counts below.
+    pub evictions: u64,
+    pub copies_on_write: u64,
+    pub deduplicated: u64,
+    pub damaged: u64,
+    /// Bytes of the positions that commits named for the first time.
+    pub bytes_committed: u64,
+}
+
+pub(crate) struct Loaded {
+    pub(crate) bytes_read: u64,
+    pub(crate) unreadable: Vec<u32>,
+}
+
+impl PagePool {
+    /// Opens or creates the page file at `path` and rebuilds the tree from the catalog's `rows`. `claims` says how
+    /// many sessions' paths end at which slot.
+    ///
+    /// # Errors
+    /// As the page file's header says ([`KvError::is_recoverable`]: set the file aside and open again), `Locked`, `Io`.
+    pub fn open(
+        path: &Path,
+        identity: Identity,
+        layout: PageLayout,
+        limits: Limits,
+        rows: Vec<PageRow>,
+        claims: Vec<(u32, u32)>,
+    ) -> Result<(PagePool, OpenReport), KvError> {
+        let (file, created) = PageFile::open(path, identity, layout)?;
+        let rebuilt = rebuild(Chain::new(&identity), file.slots(), rows);
+        let quota_slots = limits.quota_bytes / file.slot_bytes() as u64;
+        let mut pool = PagePool {
+            tree: rebuilt.tree,
+            quota_slots: u32::try_from(quota_slots).unwrap_or(u32::MAX),
+            free: BTreeSet::new(),
+            awaiting: rebuilt.removed.iter().map(|page| (page.slot, page.parent_slot)).collect(),
+            removals: rebuilt.removed,
+            in_flight: VecDeque::new(),
+            table_claims: HashMap::new(),
+            poisoned: Arc::new(AtomicBool::new(false)),
+            counters: Counters::default(),
+            next_ticket: 1,
+            next_table: 1,
+            clock: 0,
+            file,
+        };
+        pool.free = (0..pool.file.slots())
+            .filter(|slot| !pool.tree.contains(*slot) && !pool.awaiting.contains_key(slot))
+            .collect();
+        for (slot, count) in claims {
+            if let Some(slot) = pool.successor(slot) {
+                pool.tree.node_mut(slot).claims += count;
+            }
+        }
+        Ok((pool, OpenReport { created, ..rebuilt.report }))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    pub fn layout(&self) -> &PageLayout {
+        self.file.layout()
+    }
+
+    /// Makes a table of the pages that hold the longest known prefix of `tokens`, all of them read, checked and
+    /// pinned. It covers `tokens.len()` positions at most: pass what may be restored.
+    pub fn attach(&mut self, tokens: &[u32]) -> Attached {
+        let (mut damaged, mut bytes_read) = (Vec::new(), 0);
+        let path = loop {
+            let mut path = self.tree.walk(tokens);
+            let loaded = self.load(&path.slots);
+            bytes_read += loaded.bytes_read;
+            let bad =
+                path.slots.iter().position(|slot| loaded.unreadable.contains(slot) || !self.verify(*slot));
+            let Some(index) = bad else { break path };
+            damaged.push(path.slots[index]);
+            if !self.cut(path.slots[index]) {
+                // A live table checked this page before the disk failed; it cannot be removed under it.
+                path.slots.truncate(index);
+                path.covered = index * PAGE_TOKENS;
+                break path;
+            }
+        };
+        let now = self.tick();
+        for slot in &path.slots {
+            let node = self.tree.node_mut(*slot);
+            assert!(node.verified, "only checked pages are used");
+            node.pins += 1;
+            node.last_used = now;
+        }
+        assert!(path.covered <= tokens.len());
+        let id = TableId(self.next_table);
+        self.next_table += 1;
+        let table = BlockTable { id, nodes: path.slots, blanks: VecDeque::new(), len: path.covered };
+        Attached { restored: table.len, table, damaged, bytes_read, from_disk: bytes_read > 0 }
+    }
+
+    /// What attaching would restore, and how much of it is in RAM.
+    pub fn probe(&self, tokens: &[u32]) -> Probe {
+        let TreePath { slots, covered } = self.tree.walk(tokens);
+        let ranges = self.file.ranges(slots);
+        let bytes: u64 = ranges.iter().map(|range| range.len as u64).sum();
+        let resident_bytes = resident_bytes(&ranges);
+        Probe { tokens: covered, resident_bytes, non_resident_bytes: bytes - resident_bytes }
+    }
+
+    /// Starts reading the pages of `tokens` into RAM, without waiting.
+    pub fn prefetch(&self, tokens: &[u32]) {
+        for range in self.file.ranges(self.tree.walk(tokens).slots) {
+            if let Err(error) = range.read_ahead() {
+                tracing::warn!(path = %self.path().display(), %error, "could not read KV pages ahead");
+            }
+        }
+    }
+
+    /// Gives back the RAM of the pages of `tokens` that no live table uses and returns how many bytes that were.
+    /// The pages themselves stay as they are.
+    pub fn park(&mut self, tokens: &[u32]) -> u64 {
+        let mut slots = self.tree.walk(tokens).slots;
+        slots.retain(|slot| self.tree.node(*slot).pins == 0);
+        for slot in &slots {
+            self.tree.node_mut(*slot).mapped = false;
+        }
+        let ranges = self.file.ranges(slots);
+        let before = resident_bytes(&ranges);
+        let mut after = before;
+        // Pages that are on disk already, as after power-durable commits, go at once; others are written first.
+        for write_back in [false, true] {
+            if after == 0 {
+                break;
+            }
+            for range in &ranges {
+                if let Err(error) = range.page_out(&self.file.file, write_back) {
+                    tracing::warn!(path = %self.path().display(), %error, "could not give back RAM of KV pages");
+                    if write_back {
+                        self.poison();
+                    }
+                }
+            }
+            after = resident_bytes(&ranges);
+        }
+        before.saturating_sub(after)
+    }
+
+    /// Reads every committed page and compares its checksum. Changes nothing: [`PagePool::attach`] is what removes
+    /// damaged pages.
+    pub fn verify_all(&self) -> VerifyReport {
+        let mut report = VerifyReport::default();
+        for (slot, node) in self.tree.iter().filter(|(_, node)| node.committed > 0) {
+            report.pages += 1;
+            report.bytes += (node.committed * self.layout().token_bytes()) as u64;
+            let readable = self.file.ranges([slot]).iter().all(|range| range.populate().is_ok());
+            if !readable || self.checksum(slot, node.committed) != node.checksum {
+                report.damaged.push(slot);
+            }
+        }
+        report
+    }
+
+    pub fn stats(&self) -> Stats {
+        let count =
+            |test: fn(&crate::tree::Node) -> bool| self.tree.iter().filter(|(_, node)| test(node)).count();
+        Stats {
+            slots_total: self.file.slots() as usize,
+            slots_quota: self.quota_slots as usize,
+            slots_used: self.tree.len(),
+            slots_free: self.free.len(),
+            slots_claimed: count(|node| node.claims > 0),
+            slots_pinned: count(|node| node.pins > 0),
+            slots_awaiting: self.awaiting.len(),
+            slot_bytes: self.file.slot_bytes() as u64,
+            evictions: self.counters.evictions,
+            copies_on_write: self.counters.copies_on_write,
+            deduplicated: self.counters.deduplicated,
+            damaged: self.counters.damaged,
+            bytes_committed: self.counters.bytes_committed,
+        }
+    }
+
+    /// The next logical time.
+    pub(crate) fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Reads pages that are not in RAM or were not used since the file was opened, in large reads.
+    pub(crate) fn load(&mut self, slots: &[u32]) -> Loaded {
+        let mut loaded = Loaded { bytes_read: 0, unreadable: Vec::new() };
+        for range in self.file.ranges(slots.iter().copied()) {
+            loaded.bytes_read += range.len as u64 - range.resident_bytes();
+        }
+        let unmapped = slots.iter().copied().filter(|slot| !self.tree.node(*slot).mapped);
+        let wanted: Vec<u32> = if loaded.bytes_read > 0 { slots.to_vec() } else { unmapped.collect() };
+        let failed = self.file.ranges(wanted.iter().copied()).iter().any(|range| range.populate().is_err());
+        for slot in wanted {
+            if failed
+                && let Some(error) = self.file.ranges([slot]).iter().find_map(|range| range.populate().err())
+            {
+                tracing::error!(path = %self.path().display(), slot, %error, "could not read a KV page");
+                loaded.unreadable.push(slot);
+            } else {
+                self.tree.node_mut(slot).mapped = true;
+            }
+        }
+        loaded
+    }
+
+    /// Whether the page may be used; its checksum is compared the first time that is asked.
+    pub(crate) fn verify(&mut self, slot: u32) -> bool {
+        let node = self.tree.node(slot);
+        if !node.verified {
+            assert_eq!(node.committed, node.tokens.len(), "unchecked pages are as the catalog names them");
+            let found = self.checksum(slot, node.committed);
+            if found != node.checksum {
+                let expected = node.checksum;
+                tracing::error!(path = %self.path().display(), slot, found, expected, "a KV page is damaged");
+                return false;
+            }
+            self.tree.node_mut(slot).verified = true;
+        }
+        true
+    }
+
+    /// CRC-32C of the first `positions` of a page.
+    pub(crate) fn checksum(&self, slot: u32, positions: usize) -> u32 {
+        assert!(positions <= self.tree.node(slot).tokens.len());
+        // SAFETY: the slot is mapped, and positions that a page holds are never written again.
+        unsafe { bytes::checksum(self.file.layout(), self.file.slot_ptr(slot), positions) }
+    }
+}
+
+fn resident_bytes(ranges: &[MappedRange]) -> u64 {
+    ranges.iter().map(MappedRange::resident_bytes).sum()
+}

@@ -1,0 +1,96 @@
+//! Which bytes of the mapping are in RAM, reading them ahead, and giving them back.
+
+use std::fs::File;
+use std::io;
+
+use memmap2::{Advice, UncheckedAdvice};
+
+use crate::file::MappedRange;
+
+/// Memory pages looked at in one `mincore` call; its answer is one byte for each.
+const MINCORE_BATCH: usize = 16 << 10;
+
+impl MappedRange {
+    fn as_ptr(&self) -> *mut u8 {
+        assert!(self.offset + self.len <= self.extent.map.len());
+        self.extent.map.as_mut_ptr().wrapping_add(self.offset)
+    }
+
+    /// Bytes of the range that are in RAM (in the page cache, mapped or not). A kernel that cannot say counts as
+    /// "nothing is", so that receipts rather claim a read too many than one too few.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        let memory_page = rustix::param::page_size();
+        let start = self.as_ptr() as usize;
+        let end = start + self.len;
+        let mut states = vec![0u8; MINCORE_BATCH.min(self.len.div_ceil(memory_page) + 1)];
+        let mut resident = 0;
+        let mut at = start - start % memory_page;
+        while at < end {
+            let len = (end - at).min(states.len() * memory_page);
+            // SAFETY: `at..at + len` lies in memory pages that the extent maps, and `states` has a byte for each.
+            if unsafe { libc::mincore(at as *mut _, len, states.as_mut_ptr().cast()) } != 0 {
+                return 0;
+            }
+            for (index, state) in states[..len.div_ceil(memory_page)].iter().enumerate() {
+                if state & 1 == 1 {
+                    let page_start = (at + index * memory_page).max(start);
+                    let page_end = (at + (index + 1) * memory_page).min(end);
+                    resident += (page_end - page_start) as u64;
+                }
+            }
+            at += len;
+        }
+        resident
+    }
+
+    /// Reads the whole range into RAM and maps it, in large reads.
+    ///
+    /// # Errors
+    /// The disk's error when some of it cannot be read.
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        match self.extent.map.advise_range(Advice::PopulateRead, self.offset, self.len) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {} // before Linux 5.14
+            result => return result,
+        }
+        self.read_ahead()
+    }
+
+    /// Starts reading the range into RAM without waiting for it.
+    pub(crate) fn read_ahead(&self) -> io::Result<()> {
+        self.extent.map.advise_range(Advice::WillNeed, self.offset, self.len)
+    }
+
+    /// Gives the range's RAM back: from the process and, where the bytes are on disk already, from the page cache.
+    /// Bytes that are not yet on disk are written first only if `write_back` is set.
+    pub(crate) fn page_out(&self, file: &File, write_back: bool) -> io::Result<()> {
+        if write_back {
+            self.sync()?;
+        }
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: the range is mapped; the advice changes where its bytes are, never what they are.
+            let advised = unsafe {
+                rustix::mm::madvise(self.as_ptr().cast(), self.len, rustix::mm::Advice::LinuxPageOut)
+            };
+            match advised {
+                Ok(()) | Err(rustix::io::Errno::INVAL) => {} // before Linux 5.4, or pages that cannot move
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        // PAGEOUT sees only what this process has mapped. Unmapping the rest lets the page cache drop it, too.
+        // SAFETY: in a shared file mapping, dropped pages come back from the file with the bytes they had.
+        unsafe {
+            self.extent.map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.offset, self.len)?;
+        }
+        let offset = self.extent.file_offset + self.offset as u64;
+        let len = std::num::NonZeroU64::new(self.len as u64);
+        rustix::fs::fadvise(file, offset, len, rustix::fs::Advice::DontNeed)?;
+        Ok(())
+    }
+
+    /// Returns when the range's bytes are on disk.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.extent.map.flush_range(self.offset, self.len)
+    }
+}

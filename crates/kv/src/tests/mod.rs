@@ -1,0 +1,204 @@
+//! What the tests share: a small page, a catalog that only remembers, and KV whose every byte says where it belongs.
+
+mod faults;
+mod model;
+mod scenarios;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
+use dormouse_store::PageRow;
+use tempfile::TempDir;
+
+use crate::{Attached, BlockTable, Identity, KvError, Limits, OpenReport, PagePool, PendingCommit};
+
+/// Four runs of 64 rows of 32 bytes: a page of 8 KiB, two memory pages.
+const LAYOUT: PageLayout = PageLayout { layers: 2, kv_heads: 1, head_dim: 16, dtype: KvDtype::F16 };
+const IDENTITY: Identity = Identity { fingerprint: [1; 32], tenant_salt: [2; 32] };
+
+/// What the database would hold.
+#[derive(Clone, Default)]
+struct Catalog {
+    rows: BTreeMap<u32, PageRow>,
+    leaves: BTreeMap<usize, (Option<u32>, usize)>,
+}
+
+impl Catalog {
+    /// The transaction of a commit, in the order that the store has.
+    fn apply(&mut self, commit: &PendingCommit, session: Option<usize>) {
+        for page in &commit.removed {
+            self.rows.remove(&page.slot);
+            for (leaf, _) in self.leaves.values_mut().filter(|(leaf, _)| *leaf == Some(page.slot)) {
+                *leaf = page.parent_slot;
+            }
+        }
+        for row in &commit.rows {
+            self.rows.insert(row.slot, row.clone());
+        }
+        if let Some(session) = session {
+            self.leaves.insert(session, (commit.leaf_slot, commit.kv_len));
+        }
+    }
+
+    fn claims(&self) -> Vec<(u32, u32)> {
+        let mut counts = BTreeMap::new();
+        for (leaf, _) in self.leaves.values() {
+            if let Some(slot) = leaf {
+                *counts.entry(*slot).or_insert(0) += 1;
+            }
+        }
+        counts.into_iter().collect()
+    }
+}
+
+struct Rig {
+    folder: TempDir,
+    catalog: Catalog,
+    quota_slots: u64,
+}
+
+impl Rig {
+    fn new(quota_slots: u64) -> Rig {
+        Rig { folder: tempfile::tempdir().unwrap(), catalog: Catalog::default(), quota_slots }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("pages.kv")
+    }
+
+    fn try_open(&self) -> Result<(PagePool, OpenReport), KvError> {
+        let limits = Limits { quota_bytes: self.quota_slots * LAYOUT.page_bytes() as u64 };
+        let rows = self.catalog.rows.values().cloned().collect();
+        PagePool::open(&self.path(), IDENTITY, LAYOUT, limits, rows, self.catalog.claims())
+    }
+
+    fn open(&self) -> PagePool {
+        self.try_open().unwrap().0
+    }
+
+    /// A commit that succeeds at once.
+    fn commit(
+        &mut self,
+        pool: &mut PagePool,
+        table: &mut BlockTable,
+        session: Option<usize>,
+    ) -> PendingCommit {
+        let commit = pool.commit(table).unwrap();
+        commit.sync.sync(crate::Durability::Power).unwrap();
+        self.catalog.apply(&commit, session);
+        pool.acknowledge(commit.ticket);
+        commit
+    }
+
+    fn commit_removals(&mut self, pool: &mut PagePool) {
+        if let Some(commit) = pool.commit_removals().unwrap() {
+            self.catalog.apply(&commit, None);
+            pool.acknowledge(commit.ticket);
+        }
+    }
+
+    /// Computes and commits the KV of `tokens` for a session and gives the table back.
+    fn fill(&mut self, pool: &mut PagePool, tokens: &[u32], session: usize) -> PendingCommit {
+        let mut table = attach(pool, tokens).table;
+        let leaf = self.catalog.leaves.get(&session).and_then(|(leaf, _)| *leaf);
+        pool.set_claim(&mut table, leaf);
+        compute(pool, &mut table, tokens).unwrap();
+        let commit = self.commit(pool, &mut table, Some(session));
+        pool.release(table);
+        commit
+    }
+}
+
+/// The KV row that position `tokens.len() - 1` after these tokens must have in `run`, one word of it.
+fn word(prefix: u64, run: usize) -> u64 {
+    prefix.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ (run as u64 + 1)
+}
+
+/// A hash of every prefix of `tokens`, as KV depends on it.
+fn prefixes(tokens: &[u32]) -> impl Iterator<Item = u64> {
+    tokens.iter().scan(0xcbf2_9ce4_8422_2325, |hash: &mut u64, token| {
+        *hash = (*hash ^ u64::from(*token)).wrapping_mul(0x100_0000_01b3).rotate_left(23);
+        Some(*hash)
+    })
+}
+
+/// The address of a position's row in `run`.
+fn row(pages: &[*mut u8], position: usize, run: usize) -> *mut u64 {
+    let offset = run * LAYOUT.head_bytes() + position % PAGE_TOKENS * LAYOUT.row_bytes();
+    pages[position / PAGE_TOKENS].wrapping_add(offset).cast()
+}
+
+/// What the forward pass does: reserves, writes and advances until the table holds the KV of `tokens`.
+fn compute(pool: &mut PagePool, table: &mut BlockTable, tokens: &[u32]) -> Result<(), KvError> {
+    let start = table.len();
+    pool.reserve(table, tokens.len() - start)?;
+    let mut pages = Vec::new();
+    pool.page_ptrs(table, &mut pages);
+    for (position, prefix) in prefixes(tokens).enumerate().skip(start) {
+        for run in 0..LAYOUT.runs() {
+            for lane in 0..LAYOUT.row_bytes() / 8 {
+                // SAFETY: the position is reserved for this table, so its rows are mapped and nobody else's.
+                unsafe { row(&pages, position, run).add(lane).write(word(prefix, run)) };
+            }
+        }
+    }
+    pool.advance(table, &tokens[start..]);
+    assert_eq!(table.len(), tokens.len());
+    Ok(())
+}
+
+/// Reads every row of every position of the table and compares it with what its tokens say.
+fn check(pool: &PagePool, table: &BlockTable, tokens: &[u32]) {
+    let mut pages = Vec::new();
+    pool.page_ptrs(table, &mut pages);
+    for (position, prefix) in prefixes(&tokens[..table.len()]).enumerate() {
+        for run in 0..LAYOUT.runs() {
+            for lane in 0..LAYOUT.row_bytes() / 8 {
+                // SAFETY: the position is held by the table's pages, which are mapped and immutable.
+                let found = unsafe { row(&pages, position, run).add(lane).read() };
+                assert_eq!(found, word(prefix, run), "position {position} run {run} of {:?}", table.nodes);
+            }
+        }
+    }
+}
+
+/// Attaches and checks what was restored.
+fn attach(pool: &mut PagePool, tokens: &[u32]) -> Attached {
+    let attached = pool.attach(tokens);
+    assert_eq!(attached.restored, attached.table.len());
+    assert!(attached.restored <= tokens.len());
+    check(pool, &attached.table, tokens);
+    attached
+}
+
+/// Every slot is in exactly one place, counts agree with what they count, and the catalog's view can be rebuilt.
+fn check_pool(pool: &PagePool, tables: &[&BlockTable]) {
+    let total = pool.file.slots();
+    let mut places = vec![0; total as usize];
+    for slot in &pool.free {
+        places[*slot as usize] += 1;
+    }
+    for slot in pool.awaiting.keys().filter(|slot| **slot < total) {
+        places[*slot as usize] += 1;
+    }
+    for slot in tables.iter().flat_map(|table| &table.blanks) {
+        places[*slot as usize] += 1;
+    }
+    for (slot, node) in pool.tree.iter() {
+        places[slot as usize] += 1;
+        let pins = tables.iter().filter(|table| table.nodes.contains(&slot)).count();
+        assert_eq!(node.pins as usize, pins, "pins of slot {slot}");
+        assert!(node.committed <= node.tokens.len() && node.committed <= node.named);
+        assert!(node.children.is_empty() || node.is_sealed());
+        if let Some(parent) = node.parent {
+            assert!(pool.tree.node(parent).children.contains(&slot));
+            assert!(pool.tree.node(parent).pins > 0 || pool.tree.node(parent).last_used >= node.last_used);
+            assert!(pool.tree.node(parent).pins >= node.pins);
+        }
+        if let Some(writer) = node.writer {
+            assert!(tables.iter().any(|table| table.id == writer && table.nodes.last() == Some(&slot)));
+        }
+    }
+    assert!(places.iter().all(|count| *count == 1), "places of the slots: {places:?}");
+}

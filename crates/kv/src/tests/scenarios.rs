@@ -1,0 +1,288 @@
+//! What sequences, sessions and the quota do to pages, one behaviour at a time.
+
+use super::*;
+use crate::{Durability, VerifyReport};
+
+fn tokens(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|position| position * 7 + seed * 1000).collect()
+}
+
+#[test]
+fn committed_pages_are_restored_after_reopening() {
+    let mut rig = Rig::new(64);
+    let log = tokens(1, 200);
+    let mut pool = rig.open();
+    let commit = rig.fill(&mut pool, &log, 0);
+    assert_eq!(commit.rows.iter().map(|row| row.tokens.len()).collect::<Vec<_>>(), [64, 64, 64, 8]);
+    assert_eq!((commit.leaf_slot, commit.kv_len), (Some(commit.rows[3].slot), 200));
+    drop((pool, commit));
+
+    let (mut pool, report) = rig.try_open().unwrap();
+    assert_eq!(report, OpenReport { pages: 4, ..OpenReport::default() });
+    let attached = attach(&mut pool, &log);
+    assert_eq!((attached.restored, attached.damaged.len()), (200, 0));
+    pool.release(attached.table);
+    assert_eq!(attach(&mut pool, &log[..130]).restored, 130);
+    assert_eq!(pool.verify_all(), VerifyReport { pages: 4, bytes: 200 * 128, damaged: Vec::new() });
+}
+
+#[test]
+fn an_open_tail_grows_in_place_and_its_entry_is_replaced() {
+    let mut rig = Rig::new(64);
+    let log = tokens(1, 80);
+    let mut pool = rig.open();
+    let first = rig.fill(&mut pool, &log[..70], 0);
+    let second = rig.fill(&mut pool, &log, 0);
+    assert_eq!(second.rows.len(), 1);
+    assert_eq!(second.rows[0].slot, first.rows[1].slot);
+    assert_eq!(pool.stats().copies_on_write, 0);
+    drop((pool, first, second));
+    assert_eq!(attach(&mut rig.open(), &log).restored, 80);
+}
+
+#[test]
+fn two_sequences_with_a_common_prefix_share_full_pages_and_copy_the_tail() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 100);
+    rig.fill(&mut pool, &log, 0);
+    let mut left = log.clone();
+    left.extend(tokens(2, 50));
+    let mut right = log.clone();
+    right.extend(tokens(3, 50));
+
+    let mut left_table = attach(&mut pool, &left).table;
+    let mut right_table = attach(&mut pool, &right).table;
+    compute(&mut pool, &mut left_table, &left).unwrap();
+    compute(&mut pool, &mut right_table, &right).unwrap();
+    check(&pool, &left_table, &left);
+    check(&pool, &right_table, &right);
+    assert_eq!(left_table.nodes[0], right_table.nodes[0]);
+    assert_ne!(left_table.nodes[1], right_table.nodes[1]);
+    assert_eq!(pool.stats().copies_on_write, 1);
+    check_pool(&pool, &[&left_table, &right_table]);
+}
+
+#[test]
+fn sequences_that_compute_the_same_page_at_once_end_with_one() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 128);
+    let mut first = attach(&mut pool, &log).table;
+    let mut second = attach(&mut pool, &log).table;
+    compute(&mut pool, &mut first, &log[..40]).unwrap();
+    compute(&mut pool, &mut second, &log[..50]).unwrap();
+    compute(&mut pool, &mut first, &log).unwrap();
+    compute(&mut pool, &mut second, &log).unwrap();
+    assert_eq!(first.nodes, second.nodes);
+    assert_eq!(pool.stats().deduplicated, 2);
+    check(&pool, &second, &log);
+    check_pool(&pool, &[&first, &second]);
+    assert_eq!(rig.commit(&mut pool, &mut second, None).rows.len(), 2);
+    assert_eq!(rig.commit(&mut pool, &mut first, None).rows.len(), 0);
+}
+
+#[test]
+fn a_named_page_outlives_its_twin_that_the_catalog_does_not_know_yet() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 64);
+    rig.fill(&mut pool, &log[..30], 0);
+    let mut first = attach(&mut pool, &log).table;
+    let mut second = attach(&mut pool, &log).table;
+    compute(&mut pool, &mut first, &log[..31]).unwrap();
+    compute(&mut pool, &mut second, &log).unwrap();
+    compute(&mut pool, &mut first, &log).unwrap();
+    assert_eq!(first.nodes, second.nodes);
+    rig.commit_removals(&mut pool);
+    drop(pool);
+    assert_eq!(attach(&mut rig.open(), &log).restored, 30);
+}
+
+#[test]
+fn a_rewound_table_writes_other_tokens_without_touching_what_the_catalog_names() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 100);
+    let mut table = attach(&mut pool, &log).table;
+    compute(&mut pool, &mut table, &log).unwrap();
+    rig.commit(&mut pool, &mut table, None);
+    pool.truncate(&mut table, 90);
+    let mut other = log[..90].to_vec();
+    other.extend(tokens(9, 30));
+    compute(&mut pool, &mut table, &other).unwrap();
+    check(&pool, &table, &other);
+    check_pool(&pool, &[&table]);
+    pool.release(table);
+    drop(pool);
+    assert_eq!(attach(&mut rig.open(), &log).restored, 100);
+}
+
+#[test]
+fn refused_drafts_leave_no_pages_behind() {
+    let rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 200);
+    let mut table = attach(&mut pool, &log).table;
+    compute(&mut pool, &mut table, &log[..100]).unwrap();
+    pool.truncate(&mut table, 70);
+    compute(&mut pool, &mut table, &log).unwrap();
+    pool.truncate(&mut table, 128);
+    assert_eq!((pool.stats().slots_used, pool.stats().copies_on_write), (2, 0));
+    check(&pool, &table, &log);
+    check_pool(&pool, &[&table]);
+}
+
+#[test]
+fn eviction_takes_unclaimed_pages_first_then_the_least_recently_used_and_never_a_pinned_one() {
+    let mut rig = Rig::new(8);
+    let mut pool = rig.open();
+    for session in [0, 1, 2] {
+        rig.fill(&mut pool, &tokens(session, 128), session as usize);
+    }
+    let leaf = rig.catalog.leaves[&1].0.unwrap();
+    pool.unclaim(leaf, false);
+    rig.catalog.leaves.remove(&1);
+    let pinned = attach(&mut pool, &tokens(0, 128)).table;
+
+    let new = tokens(5, 256);
+    let mut table = attach(&mut pool, &new).table;
+    assert!(matches!(
+        pool.reserve(&mut table, 256),
+        Err(KvError::AwaitingRemovals { needed: 4, evicted: 2 })
+    ));
+    rig.commit_removals(&mut pool);
+    compute(&mut pool, &mut table, &new).unwrap();
+    let restored = |pool: &PagePool, seed| pool.probe(&tokens(seed, 128)).tokens;
+    assert_eq!([restored(&pool, 0), restored(&pool, 1), restored(&pool, 2)], [128, 0, 128]);
+    check_pool(&pool, &[&pinned, &table]);
+
+    let mut third = attach(&mut pool, &[]).table;
+    match pool.reserve(&mut third, 3 * 64) {
+        Err(KvError::Full { needed: 3, slots: 8, quota_slots: 8, pinned: 6 }) => {}
+        other => panic!("unexpected {other:?}"),
+    }
+    assert_eq!(restored(&pool, 2), 128, "a request that cannot be met evicts nothing");
+}
+
+#[test]
+fn a_removed_pages_slot_is_not_written_before_the_removal_is_acknowledged() {
+    let mut rig = Rig::new(2);
+    let mut pool = rig.open();
+    rig.fill(&mut pool, &tokens(1, 128), 0);
+    let mut table = attach(&mut pool, &[]).table;
+    assert!(matches!(pool.reserve(&mut table, 1), Err(KvError::AwaitingRemovals { .. })));
+    assert!(matches!(pool.reserve(&mut table, 1), Err(KvError::AwaitingRemovals { .. })));
+    let commit = pool.commit_removals().unwrap().unwrap();
+    assert!(matches!(pool.reserve(&mut table, 1), Err(KvError::AwaitingRemovals { .. })));
+    pool.withdraw(commit.ticket);
+    rig.commit_removals(&mut pool);
+    pool.reserve(&mut table, 1).unwrap();
+    check_pool(&pool, &[&table]);
+}
+
+#[test]
+fn deleting_a_session_removes_the_pages_that_nobody_else_uses() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let shared = tokens(1, 64);
+    let own = |seed| [shared.clone(), tokens(seed, 100)].concat();
+    rig.fill(&mut pool, &own(2), 0);
+    rig.fill(&mut pool, &own(3), 1);
+    pool.unclaim(rig.catalog.leaves.remove(&0).unwrap().0.unwrap(), true);
+    rig.commit_removals(&mut pool);
+    assert_eq!(pool.probe(&own(2)).tokens, 64);
+    assert_eq!(pool.probe(&own(3)).tokens, 164);
+    pool.unclaim(rig.catalog.leaves.remove(&1).unwrap().0.unwrap(), true);
+    rig.commit_removals(&mut pool);
+    assert_eq!((pool.stats().slots_used, rig.catalog.rows.len()), (0, 0));
+    check_pool(&pool, &[]);
+}
+
+#[test]
+fn a_session_that_goes_on_moves_its_claim() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 200);
+    rig.fill(&mut pool, &log[..64], 0);
+    rig.fill(&mut pool, &log, 0);
+    assert_eq!(pool.stats().slots_claimed, 1);
+    assert_eq!(pool.leaf_of(&log), rig.catalog.leaves[&0]);
+    let (leaf, kv_len) = pool.leaf_of(&log[..150]);
+    assert_eq!(kv_len, 150);
+    pool.claim(leaf.unwrap()).unwrap();
+    assert_eq!(pool.stats().slots_claimed, 2);
+    assert!(matches!(pool.claim(63), Err(KvError::UnknownPage { slot: 63, .. })));
+}
+
+#[test]
+fn a_withdrawn_commit_is_repeated_whole_by_the_next() {
+    let mut rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 100);
+    let mut table = attach(&mut pool, &log).table;
+    pool.set_claim(&mut table, None);
+    compute(&mut pool, &mut table, &log).unwrap();
+    let failed = pool.commit(&mut table).unwrap();
+    pool.withdraw(failed.ticket);
+    assert_eq!(pool.stats().slots_claimed, 0);
+    assert_eq!(pool.leaf_of(&log), (None, 0));
+    let again = rig.commit(&mut pool, &mut table, Some(0));
+    assert_eq!(again.rows, failed.rows);
+    assert_eq!(pool.stats().slots_claimed, 1);
+}
+
+#[test]
+fn pages_never_move_when_the_file_grows() {
+    // Two extents and a little: slots of 8 KiB, 8192 of them in an extent.
+    let rig = Rig::new(20_000);
+    let mut pool = rig.open();
+    let mut table = attach(&mut pool, &[]).table;
+    pool.reserve(&mut table, 64).unwrap();
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    pool.page_ptrs(&table, &mut before);
+    pool.reserve(&mut table, 17_000 * 64).unwrap();
+    pool.page_ptrs(&table, &mut after);
+    assert_eq!((before[0], after.len()), (after[0], 17_000));
+    assert_eq!(pool.stats().slots_total, 20_000);
+    // SAFETY: the last reserved page is mapped and this table's alone.
+    unsafe { after[16_999].write_bytes(1, LAYOUT.page_bytes()) };
+    pool.release(table);
+    check_pool(&pool, &[]);
+}
+
+#[test]
+fn parking_gives_ram_back_and_attaching_counts_what_was_read() {
+    let mut rig = Rig::new(1000);
+    let log = tokens(1, 64 * 500);
+    let mut pool = rig.open();
+    let commit = rig.fill(&mut pool, &log, 0);
+    commit.sync.sync(Durability::Power).unwrap();
+    let resident = pool.probe(&log).resident_bytes;
+    assert_eq!(resident, 500 * 8192);
+
+    let pinned = attach(&mut pool, &log[..64]).table;
+    let released = pool.park(&log);
+    let probe = pool.probe(&log);
+    assert_eq!((probe.tokens, probe.resident_bytes + released), (log.len(), resident));
+    let tmpfs = rustix::fs::statfs(rig.folder.path()).unwrap().f_type == 0x0102_1994;
+    if !tmpfs {
+        assert!(probe.resident_bytes < 64 << 10, "{probe:?}");
+    }
+    pool.release(pinned);
+
+    let attached = attach(&mut pool, &log);
+    assert_eq!(attached.restored, log.len());
+    assert_eq!(attached.bytes_read, probe.non_resident_bytes);
+    assert_eq!(attached.from_disk, probe.non_resident_bytes > 0);
+    pool.release(attached.table);
+    assert_eq!(attach(&mut pool, &log).bytes_read, 0);
+}
+
+#[test]
+fn a_pool_can_move_to_the_engine_thread_and_its_syncs_to_another() {
+    fn is_send<T: Send>() {}
+    is_send::<PagePool>();
+    is_send::<BlockTable>();
+    is_send::<PendingCommit>();
+}

@@ -1,0 +1,293 @@
+//! `POST /v1/chat/completions`: the answer, whole or as chunks.
+
+use axum::http::StatusCode;
+use axum::response::Response;
+use dormouse_engine::{FinishReason, TokenLogprob};
+use dormouse_session::{Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream};
+use futures::StreamExt;
+use futures::stream;
+use serde_json::{Map, Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use super::to_value;
+use crate::error::ApiError;
+use crate::sse;
+
+/// What all parts of one answer have in common.
+pub struct Answer {
+    pub id: String,
+    pub created: u64,
+    pub model: String,
+    pub fingerprint: String,
+    pub runtime: Runtime,
+    pub logprobs: bool,
+    pub include_usage: bool,
+}
+
+/// What one choice has said so far.
+#[derive(Default)]
+struct Choice {
+    text: String,
+    logprobs: Vec<Value>,
+    /// Its turn, once it is over.
+    turn: Option<Turn>,
+}
+
+impl Choice {
+    /// Takes an event in and answers the text and log-probabilities that it added; None ends the stream early.
+    fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<(String, Vec<Value>), ApiError> {
+        match event.map(|event| event.body) {
+            None => Err(SessionError::Stopping.into()),
+            Some(TurnEventBody::Created { .. } | TurnEventBody::InProgress { .. }) => Ok(Default::default()),
+            Some(TurnEventBody::Delta { delta, token, logprob }) => {
+                self.text.push_str(&delta);
+                let logprob = logprob.filter(|_| answer.logprobs);
+                let logprobs: Vec<Value> = logprob.iter().map(|it| answer.logprob(token, it)).collect();
+                self.logprobs.extend(logprobs.iter().cloned());
+                Ok((delta, logprobs))
+            }
+            Some(
+                TurnEventBody::Completed { turn }
+                | TurnEventBody::Cancelled { turn }
+                | TurnEventBody::Failed { turn },
+            ) => {
+                if turn.status == TurnStatus::Failed {
+                    let text = turn.error.as_deref().unwrap_or("the answer failed, and no reason is known");
+                    return Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Some("turn_failed"), text));
+                }
+                // Text that was held back until the end was certain.
+                let rest = turn.output_text.strip_prefix(&self.text).unwrap_or_default().to_string();
+                self.text.push_str(&rest);
+                self.turn = Some(*turn);
+                Ok((rest, Vec::new()))
+            }
+        }
+    }
+}
+
+impl Answer {
+    fn envelope(&self, object: &str, choices: Vec<Value>) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("id".into(), self.id.as_str().into());
+        map.insert("object".into(), object.into());
+        map.insert("created".into(), self.created.into());
+        map.insert("model".into(), self.model.as_str().into());
+        map.insert("system_fingerprint".into(), self.fingerprint.as_str().into());
+        map.insert("choices".into(), choices.into());
+        map
+    }
+
+    /// One entry of `logprobs.content`. A token may be a part of a character, hence `bytes`.
+    fn logprob(&self, token: u32, it: &TokenLogprob) -> Value {
+        let entry = |token: u32, logprob: f32| {
+            let bytes = self.runtime.token_bytes(Some(&self.model), token);
+            json!({ "token": String::from_utf8_lossy(&bytes), "logprob": finite(logprob), "bytes": bytes })
+        };
+        let mut value = entry(token, it.logprob);
+        value["top_logprobs"] = it.top.iter().map(|(token, logprob)| entry(*token, *logprob)).collect();
+        value
+    }
+
+    fn logprobs_object(&self, content: &[Value]) -> Value {
+        if self.logprobs { json!({ "content": content, "refusal": null }) } else { Value::Null }
+    }
+
+    fn chunk(
+        &self,
+        index: usize,
+        delta: Value,
+        logprobs: &[Value],
+        finish: Option<&str>,
+    ) -> Map<String, Value> {
+        let logprobs = if finish.is_none() { self.logprobs_object(logprobs) } else { Value::Null };
+        let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
+        let mut chunk = self.envelope("chat.completion.chunk", vec![choice]);
+        if self.include_usage {
+            chunk.insert("usage".into(), Value::Null);
+        }
+        chunk
+    }
+}
+
+/// JSON has no infinity; -9999 is how OpenAI writes "impossible".
+fn finite(logprob: f32) -> f32 {
+    if logprob.is_finite() { logprob } else { -9999.0 }
+}
+
+fn finish_reason(turn: &Turn) -> &'static str {
+    match turn.finish_reason {
+        Some(FinishReason::Length) => "length",
+        // OpenAI has no word for a cancelled answer, and clients check against its list.
+        Some(FinishReason::Stop | FinishReason::Cancelled) | None => "stop",
+    }
+}
+
+/// Prompt tokens count once, however many choices read them; every choice's output counts.
+fn usage(turns: &[&Turn]) -> Value {
+    let prompt = turns.first().map_or(0, |turn| turn.usage.prompt_tokens);
+    let cached = turns.first().map_or(0, |turn| turn.usage.cached_tokens);
+    let completion: usize = turns.iter().map(|turn| turn.usage.completion_tokens).sum();
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": { "cached_tokens": cached },
+        "completion_tokens_details": { "reasoning_tokens": 0 },
+    })
+}
+
+fn receipt(turn: Option<&Turn>) -> Result<Value, ApiError> {
+    turn.and_then(|turn| turn.dormouse.as_ref()).map_or(Ok(Value::Null), to_value)
+}
+
+/// Waits for all choices and answers the `chat.completion` object.
+pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, ApiError> {
+    let mut choices = Vec::with_capacity(streams.len());
+    for mut stream in streams {
+        let mut choice = Choice::default();
+        while choice.turn.is_none() {
+            choice.take(answer, stream.events.recv().await)?;
+        }
+        choices.push(choice);
+    }
+    let turns: Vec<&Turn> = choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
+    let rendered = choices.iter().zip(&turns).enumerate().map(|(index, (choice, turn))| {
+        json!({
+            "index": index,
+            "message": { "role": "assistant", "content": choice.text, "refusal": null },
+            "logprobs": answer.logprobs_object(&choice.logprobs),
+            "finish_reason": finish_reason(turn),
+        })
+    });
+    let mut object = answer.envelope("chat.completion", rendered.collect());
+    object.insert("usage".into(), usage(&turns));
+    object.insert("dormouse".into(), receipt(turns.first().copied())?);
+    Ok(Value::Object(object))
+}
+
+/// Answers with chunks as they come. Dropping the response drops the choices' streams.
+pub fn stream(answer: Answer, streams: Vec<TurnStream>, permit: OwnedSemaphorePermit) -> Response {
+    let chunks = Chunks::new(answer, streams.len());
+    let events = stream::select_all(streams.into_iter().enumerate().map(|(index, stream)| {
+        let events =
+            UnboundedReceiverStream::new(stream.events).map(Some).chain(stream::once(async { None }));
+        Box::pin(events.map(move |event| (index, event)))
+    }));
+    let first = chunks.begin();
+    let frames = stream::unfold(Some((events, chunks, permit)), async |state| {
+        let (mut events, mut chunks, permit) = state?;
+        let (index, event) = events.next().await?;
+        let frames = chunks.take(index, event);
+        let next = (!chunks.ended).then_some((events, chunks, permit));
+        Some((frames, next))
+    });
+    let all = stream::once(async { first }).chain(frames).filter(|frames| {
+        let has_something = !frames.is_empty();
+        async move { has_something }
+    });
+    sse::respond(all)
+}
+
+/// Turns events into frames.
+struct Chunks {
+    answer: Answer,
+    choices: Vec<Choice>,
+    ended: bool,
+}
+
+impl Chunks {
+    fn new(answer: Answer, choices: usize) -> Chunks {
+        Chunks { answer, choices: (0..choices).map(|_| Choice::default()).collect(), ended: false }
+    }
+
+    /// The frames that say who speaks.
+    fn begin(&self) -> String {
+        let role = |index| self.answer.chunk(index, json!({ "role": "assistant", "content": "" }), &[], None);
+        (0..self.choices.len()).map(|index| sse::data(&role(index))).collect()
+    }
+
+    /// The frames that an event of a choice makes: none or several.
+    fn take(&mut self, index: usize, event: Option<TurnEvent>) -> String {
+        if event.is_none() && self.choices[index].turn.is_some() {
+            return String::new();
+        }
+        self.try_take(index, event).unwrap_or_else(|error| {
+            self.ended = true;
+            sse::data(&error.body()) + sse::DONE
+        })
+    }
+
+    fn try_take(&mut self, index: usize, event: Option<TurnEvent>) -> Result<String, ApiError> {
+        let (text, logprobs) = self.choices[index].take(&self.answer, event)?;
+        let mut frames = String::new();
+        if !text.is_empty() || !logprobs.is_empty() {
+            frames += &sse::data(&self.answer.chunk(index, json!({ "content": text }), &logprobs, None));
+        }
+        if let Some(turn) = &self.choices[index].turn {
+            let mut last = self.answer.chunk(index, json!({}), &[], Some(finish_reason(turn)));
+            last.insert("dormouse".into(), receipt(Some(turn))?);
+            frames += &sse::data(&last);
+            let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
+            if turns.len() == self.choices.len() {
+                if self.answer.include_usage {
+                    let mut chunk = self.answer.envelope("chat.completion.chunk", Vec::new());
+                    chunk.insert("usage".into(), usage(&turns));
+                    chunk.insert("dormouse".into(), receipt(turns.first().copied())?);
+                    frames += &sse::data(&chunk);
+                }
+                frames += sse::DONE;
+                self.ended = true;
+            }
+        }
+        Ok(frames)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dormouse_engine::Receipt;
+    use dormouse_session::Usage;
+
+    fn turn(text: &str, reason: FinishReason) -> Turn {
+        Turn {
+            id: "turn_1".into(),
+            object: "session.turn".into(),
+            session: "sess_1".into(),
+            status: TurnStatus::Completed,
+            background: false,
+            created_at: 0,
+            completed_at: Some(1),
+            finish_reason: Some(reason),
+            error: None,
+            output_text: text.into(),
+            usage: Usage { prompt_tokens: 10, completion_tokens: 3, total_tokens: 13, cached_tokens: 8 },
+            dormouse: Some(Receipt { restored_tokens: 8, ..Receipt::default() }),
+        }
+    }
+
+    #[test]
+    fn usage_counts_the_prompt_once_and_every_choices_output() {
+        let (one, other) = (turn("a", FinishReason::Stop), turn("b", FinishReason::Length));
+        let usage = usage(&[&one, &other]);
+        assert_eq!(
+            (usage["prompt_tokens"].as_u64(), usage["completion_tokens"].as_u64()),
+            (Some(10), Some(6))
+        );
+        assert_eq!(usage["total_tokens"], 16);
+        assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 8);
+    }
+
+    #[test]
+    fn finish_reasons_are_from_openais_list() {
+        assert_eq!(finish_reason(&turn("", FinishReason::Length)), "length");
+        assert_eq!(finish_reason(&turn("", FinishReason::Cancelled)), "stop");
+    }
+
+    #[test]
+    fn an_impossible_token_still_has_a_number() {
+        assert_eq!(finite(f32::NEG_INFINITY), -9999.0);
+        assert_eq!(finite(-0.5), -0.5);
+    }
+}

@@ -1,0 +1,25 @@
+//! Readiness and metrics.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use crate::App;
+
+/// 200 when requests can be served, 503 with the reason when not.
+pub async fn health(State(app): State<App>) -> Response {
+    match app.runtime.unhealthy() {
+        None => Json(json!({ "status": "ok" })).into_response(),
+        Some(reason) => {
+            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "unhealthy", "reason": reason })))
+                .into_response()
+        }
+    }
+}
+
+pub async fn metrics(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.runtime.metrics().await)
+        .into_response()
+}

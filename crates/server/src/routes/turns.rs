@@ -1,0 +1,153 @@
+//! `/v1/sessions/{id}/turns`: append to a session and let it answer; look at, re-attach to and cancel an answer.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use dormouse_session::{SessionError, TurnEvent, TurnEventBody, TurnRequest, TurnStream};
+use futures::StreamExt;
+use serde_json::Value;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use super::{page, to_value};
+use crate::App;
+use crate::body::{JsonObject, Params};
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::{generation, messages, sse};
+
+/// Answers with the finished turn, with its events (`stream`), or at once with the begun turn (`background`, 202).
+pub async fn create(
+    State(app): State<App>,
+    Path(session): Path<String>,
+    JsonObject(body): JsonObject,
+) -> Result<Response, ApiError> {
+    let fields = Fields::new(&body);
+    // Everything about the request is checked before the session is looked at, and before anything is appended.
+    let (mut request, streams) = parse_turn(&fields)?;
+    let permit = app.admit()?;
+    let session = app.runtime.get(&app.tenant, &session).await?;
+    if fields.get("seed").is_none() {
+        request.generation.sampling.seed = session.seed;
+    }
+    let background = request.background;
+    let started = app.runtime.start_turn(&app.tenant, &session.id, request).await?;
+    if streams {
+        return Ok(stream(started, Some(permit)));
+    }
+    let turn = if background {
+        app.runtime.turn(&app.tenant, &session.id, &started.turn).await?
+    } else {
+        finished(started).await?
+    };
+    let status = if background { StatusCode::ACCEPTED } else { StatusCode::OK };
+    Ok((status, Json(to_value(&turn)?)).into_response())
+}
+
+pub async fn list(
+    State(app): State<App>,
+    Path(session): Path<String>,
+    params: Params,
+) -> Result<Json<Value>, ApiError> {
+    let turns = app.runtime.turns(&app.tenant, &session).await?;
+    Ok(Json(page(turns.iter().map(to_value).collect::<Result<_, _>>()?, &params)?))
+}
+
+/// The turn as it is, or with `?stream=true` its events after `starting_after`, however old they are.
+pub async fn show(
+    State(app): State<App>,
+    Path((session, turn)): Path<(String, String)>,
+    params: Params,
+) -> Result<Response, ApiError> {
+    if params.flag("stream")? {
+        let starting_after = params.number("starting_after")?;
+        let attached = app.runtime.attach(&app.tenant, &session, &turn, starting_after).await?;
+        return Ok(stream(attached, None));
+    }
+    let turn = app.runtime.turn(&app.tenant, &session, &turn).await?;
+    Ok(Json(to_value(&turn)?).into_response())
+}
+
+pub async fn cancel(
+    State(app): State<App>,
+    Path((session, turn)): Path<(String, String)>,
+) -> Result<Json<Value>, ApiError> {
+    Ok(Json(to_value(&app.runtime.cancel(&app.tenant, &session, &turn).await?)?))
+}
+
+/// The request, and whether its answer is to be streamed.
+fn parse_turn(fields: &Fields<'_>) -> Result<(TurnRequest, bool), ApiError> {
+    let request = TurnRequest {
+        input: messages::parse_input(fields)?,
+        generation: generation::parse(fields, 0)?,
+        background: fields.boolean("background")?.unwrap_or(false),
+    };
+    Ok((request, fields.boolean("stream")?.unwrap_or(false)))
+}
+
+fn stream(turn: TurnStream, permit: Option<OwnedSemaphorePermit>) -> Response {
+    let frames = UnboundedReceiverStream::new(turn.events).map(move |event| {
+        let _held_while_streaming = &permit;
+        sse::named(event_name(&event), &event)
+    });
+    sse::respond(frames)
+}
+
+fn event_name(event: &TurnEvent) -> &'static str {
+    match event.body {
+        TurnEventBody::Created { .. } => "session.turn.created",
+        TurnEventBody::InProgress { .. } => "session.turn.in_progress",
+        TurnEventBody::Delta { .. } => "session.turn.output_text.delta",
+        TurnEventBody::Completed { .. } => "session.turn.completed",
+        TurnEventBody::Cancelled { .. } => "session.turn.cancelled",
+        TurnEventBody::Failed { .. } => "session.turn.failed",
+    }
+}
+
+/// Waits for the turn's end.
+async fn finished(mut stream: TurnStream) -> Result<dormouse_session::Turn, ApiError> {
+    while let Some(event) = stream.events.recv().await {
+        if let TurnEventBody::Completed { turn }
+        | TurnEventBody::Cancelled { turn }
+        | TurnEventBody::Failed { turn } = event.body
+        {
+            return Ok(*turn);
+        }
+    }
+    Err(SessionError::Stopping.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(value: Value) -> Result<(TurnRequest, bool), ApiError> {
+        parse_turn(&Fields::new(value.as_object().unwrap()))
+    }
+
+    #[test]
+    fn a_turn_is_its_input_and_how_to_answer() {
+        let (request, streams) = parse(json!({"input": "hello", "stream": true, "max_tokens": 4})).unwrap();
+        assert_eq!(request.input, vec![messages::message("user", "hello")]);
+        assert_eq!(request.generation.max_tokens, Some(4));
+        assert!(streams && !request.background);
+    }
+
+    #[test]
+    fn an_input_is_needed_and_has_its_types() {
+        for bad in [json!({}), json!({"input": 5}), json!({"input": ""}), json!({"input": []})] {
+            assert_eq!(parse(bad).unwrap_err().param.as_deref(), Some("input"));
+        }
+    }
+
+    #[test]
+    fn the_event_line_names_the_type_of_its_data() {
+        let delta = TurnEventBody::Delta { delta: "x".into(), token: 1, logprob: None };
+        let event = TurnEvent { sequence_number: 2, body: delta };
+        let value = to_value(&event).unwrap();
+        assert_eq!(value["type"], event_name(&event));
+        assert_eq!(value["sequence_number"], 2);
+    }
+}

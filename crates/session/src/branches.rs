@@ -1,0 +1,132 @@
+//! Branches: a session forked or rewound at a place in its history.
+
+use std::time::Instant;
+
+use dormouse_engine::{Claim, Engine, Receipt, Tier};
+use dormouse_store::{Cut, History, Leaf, NewSession};
+use serde_json::json;
+
+use crate::api::*;
+use crate::records::{self, Settings, decode, encode, new_event};
+use crate::runtime::Runtime;
+use crate::{cut, ids};
+
+impl Runtime {
+    /// A new session with the history of `session` up to `at` (its end when None; of a busy session, the place where
+    /// its running turn begins). It shares every page; nothing is computed.
+    pub async fn fork(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        at: Option<Place>,
+        name: Option<String>,
+    ) -> Result<(Session, Receipt), SessionError> {
+        let began = Instant::now();
+        let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let (history, log) = self.inner.store.conversation(&id).await?;
+        let settings: Settings = decode(&history.settings)?;
+        let engine = self.inner.engine_of(&settings)?.clone();
+        let cut = cut::at(&history, &log, engine.model().tokenizer(), at.as_ref(), "at")?;
+        let expires_ms = settings.expires_ms(ids::now_ms());
+        let branch = Branch { history, log, settings, engine, cut, name, implicit: false, expires_ms };
+        self.branch(tenant, branch, began).await
+    }
+
+    pub(crate) async fn branch(
+        &self,
+        tenant: &Tenant,
+        branch: Branch,
+        began: Instant,
+    ) -> Result<(Session, Receipt), SessionError> {
+        let Branch { history, mut log, mut settings, engine, cut, name, implicit, expires_ms } = branch;
+        let _alive = self.inner.keep_alive()?;
+        let source = history.session;
+        let at = cut.tokens;
+        log.truncate(at);
+        let claim = claim(&engine, &settings, log).await?;
+        settings.forked_from = Some(ForkedFrom { session: source.id.clone(), at });
+        let data = json!({ "model": settings.model, "name": name, "forked_from": settings.forked_from });
+        let new = NewSession {
+            id: ids::mint("sess_")?,
+            tenant: tenant.0.clone(),
+            name,
+            implicit,
+            expires_ms,
+            settings: encode(&settings)?,
+            events: vec![new_event("session.created", None, data)],
+            now_ms: ids::now_ms(),
+        };
+        let forked = self.inner.store.fork_session(&source.id, cut, new, leaf(&engine, claim)).await;
+        let row = match forked {
+            Ok(row) => row,
+            Err(why) => {
+                engine.unclaim(claim.leaf_slot, false).await;
+                return Err(why.into());
+            }
+        };
+        let receipt = Receipt {
+            session: row.id.clone(),
+            restored_tokens: claim.kv_len,
+            tier: if claim.kv_len > 0 { Tier::Ram } else { Tier::None },
+            restore_ms: began.elapsed().as_secs_f64() * 1000.0,
+            exact: true,
+            ..Receipt::default()
+        };
+        Ok((self.inner.session(row, settings), receipt))
+    }
+
+    /// Forgets what came after `to`; the event log stays and says so. A busy session is not rewound.
+    pub async fn rewind(&self, tenant: &Tenant, session: &str, to: Place) -> Result<Session, SessionError> {
+        let _alive = self.inner.keep_alive()?;
+        let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let (history, mut log) = self.inner.store.conversation(&id).await?;
+        if let Some(turn) = history.session.active_turn {
+            return Err(SessionError::Busy { session: id, turn });
+        }
+        let settings: Settings = decode(&history.settings)?;
+        let engine = self.inner.engine_of(&settings)?;
+        let cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&to), "to")?;
+        let data = json!({ "tokens": cut.tokens, "tokens_before": log.len(), "turns_dropped": history.turns.len() - cut.turns });
+        log.truncate(cut.tokens);
+        let claim = claim(engine, &settings, log).await?;
+        let events = vec![new_event("session.rewound", None, data)];
+        let rewound =
+            self.inner.store.rewind_session(&id, cut, leaf(engine, claim), events, ids::now_ms()).await;
+        let row = match rewound {
+            Ok(row) => row,
+            Err(why) => {
+                engine.unclaim(claim.leaf_slot, false).await;
+                return Err(why.into());
+            }
+        };
+        if history.session.page_file == Some(engine.page_file()) {
+            engine.unclaim(history.session.leaf_slot, false).await;
+        }
+        self.inner.changed(&id);
+        Ok(self.inner.session(row, settings))
+    }
+}
+
+/// A fork on its way.
+pub(crate) struct Branch {
+    pub history: History,
+    pub log: Vec<u32>,
+    pub settings: Settings,
+    pub engine: Engine,
+    pub cut: Cut,
+    pub name: Option<String>,
+    pub implicit: bool,
+    pub expires_ms: Option<u64>,
+}
+
+/// Claims the pages of a log; of another tokenizer's log there are none.
+async fn claim(engine: &Engine, settings: &Settings, log: Vec<u32>) -> Result<Claim, SessionError> {
+    if settings.tokenizer != records::hex(&engine.model().tokenizer().fingerprint()) {
+        return Ok(Claim { leaf_slot: None, kv_len: 0 });
+    }
+    Ok(engine.claim(log).await?)
+}
+
+fn leaf(engine: &Engine, claim: Claim) -> Leaf {
+    Leaf { page_file: Some(engine.page_file()), slot: claim.leaf_slot, kv_len: claim.kv_len }
+}

@@ -1,0 +1,129 @@
+//! Places in a session's history: what remains of it before a place.
+
+use std::sync::Arc;
+
+use dormouse_engine::OutputText;
+use dormouse_models::{TokenId, Tokenizer};
+use dormouse_store::{Cut, History, TurnRow};
+use serde_json::Value;
+
+use crate::api::{Place, SessionError};
+use crate::records::{self, KnownItem, TurnRecord};
+
+/// The cut of `history` at `place`, which the request's field `param` names; None is the end, of a busy session the place where its running turn's input begins.
+pub(crate) fn at(
+    history: &History,
+    log: &[TokenId],
+    tokenizer: &Arc<Tokenizer>,
+    place: Option<&Place>,
+    param: &str,
+) -> Result<Cut, SessionError> {
+    match place {
+        None => before_active_turn(history),
+        Some(Place::Turn(turn)) => after_turn(history, turn),
+        Some(Place::Token(position)) => at_token(history, log, tokenizer, *position, param),
+    }
+}
+
+fn before_active_turn(history: &History) -> Result<Cut, SessionError> {
+    let session = &history.session;
+    let Some(active) = &session.active_turn else {
+        return Ok(Cut {
+            tokens: session.log_len,
+            items: session.items,
+            partial_item: None,
+            turns: session.turns,
+        });
+    };
+    let row = find(history, active)?.1;
+    let record: TurnRecord = records::decode(&row.record)?;
+    let items = history.items.iter().filter(|item| item.turn.as_ref() != Some(active)).count();
+    Ok(Cut { tokens: record.input_start, items, partial_item: None, turns: session.turns.saturating_sub(1) })
+}
+
+fn after_turn(history: &History, turn: &str) -> Result<Cut, SessionError> {
+    let (position, row) = find(history, turn)?;
+    if history.session.active_turn.as_deref() == Some(turn) {
+        return Err(SessionError::Busy { session: history.session.id.clone(), turn: turn.to_owned() });
+    }
+    let last = history.items.iter().rposition(|item| item.turn.as_deref() == Some(turn));
+    let items = last.map_or(0, |last| last + 1);
+    // A log that was tokenised anew has lost the turn's own range, but not its items'.
+    let tokens = row.output_end.or(last.map(|last| history.items[last].token_end)).unwrap_or(0);
+    Ok(Cut { tokens: tokens.min(history.session.log_len), items, partial_item: None, turns: position + 1 })
+}
+
+fn find<'a>(history: &'a History, turn: &str) -> Result<(usize, &'a TurnRow), SessionError> {
+    history
+        .turns
+        .iter()
+        .enumerate()
+        .find(|(_, row)| row.id == turn)
+        .ok_or_else(|| SessionError::TurnNotFound(turn.to_owned()))
+}
+
+fn at_token(
+    history: &History,
+    log: &[TokenId],
+    tokenizer: &Arc<Tokenizer>,
+    position: usize,
+    param: &str,
+) -> Result<Cut, SessionError> {
+    if position > log.len() {
+        return Err(SessionError::Invalid {
+            param: param.to_owned(),
+            message: format!("token position {position} is beyond the session's {} tokens", log.len()),
+        });
+    }
+    let items = history.items.iter().take_while(|item| item.token_end <= position).count();
+    let partial_item = match history.items.get(items) {
+        Some(row) if row.token_start < position => {
+            let item = KnownItem::from_row(row.clone())?;
+            partial(item, &log[row.token_start..position], tokenizer, position)
+        }
+        _ => None,
+    };
+    let finished = |row: &&TurnRow| row.output_end.is_some_and(|end| end <= position);
+    let turns = history.turns.iter().take_while(finished).count();
+    Ok(Cut {
+        tokens: position,
+        items,
+        partial_item: partial_item.map(|item| item.to_row()).transpose()?,
+        turns,
+    })
+}
+
+/// What the tokens before the cut hold of the item's text; None when that is nothing.
+fn partial(
+    mut item: KnownItem,
+    tokens: &[TokenId],
+    tokenizer: &Arc<Tokenizer>,
+    position: usize,
+) -> Option<KnownItem> {
+    let shown = text_of(tokens, tokenizer);
+    let kept = if item.generated {
+        shown
+    } else {
+        // The template's own words come before the content's.
+        let content = item.content();
+        let ends = content.char_indices().map(|(at, _)| at).chain([content.len()]);
+        let kept = ends.rev().find(|end| shown.ends_with(&content[..*end])).unwrap_or(0);
+        content[..kept].to_owned()
+    };
+    if kept.is_empty() {
+        return None;
+    }
+    item.message.insert("content".into(), Value::from(kept));
+    item.token_end = position;
+    Some(item)
+}
+
+/// The text of generated tokens, whole.
+pub(crate) fn text_of(tokens: &[TokenId], tokenizer: &Arc<Tokenizer>) -> String {
+    let mut output = OutputText::new(tokenizer, &[]);
+    let mut text = String::new();
+    for token in tokens {
+        text.push_str(&output.push(*token).0);
+    }
+    text + &output.finish()
+}

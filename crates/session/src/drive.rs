@@ -1,0 +1,336 @@
+//! A running turn: from the engine's events to the hub, and at the end into the database.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dormouse_engine::{Engine, EngineError, Event, FinishReason, Miss, Receipt, TurnSpec};
+use dormouse_store::{FinishTurn, StoreError};
+use serde_json::json;
+use tokio::sync::{mpsc, watch};
+
+use crate::api::*;
+use crate::chain::Chain;
+use crate::cut::text_of;
+use crate::hub::Hub;
+use crate::ids;
+use crate::records::{self, KnownItem, TurnRecord, encode, message, new_event};
+use crate::runtime::{Inner, Runtime};
+
+/// How often a turn whose client may leave is looked after.
+const LEFT_CHECK: Duration = Duration::from_millis(200);
+
+/// How long to wait before a turn's end is offered to a full disk again.
+const FULL_RETRY: Duration = Duration::from_millis(500);
+
+/// A turn that is in the database and about to run.
+pub(crate) struct Run {
+    pub engine: Engine,
+    pub spec: TurnSpec,
+    pub record: TurnRecord,
+    pub created_ms: u64,
+    /// The conversation up to the turn's input.
+    pub chain: Chain,
+    /// (first token, message index) of each message of the prompt: tells the message of a miss.
+    pub starts: Vec<usize>,
+    /// What the caller knows of why the prompt is not restored whole.
+    pub miss: Option<Miss>,
+    /// Wait for this before the engine gets the turn.
+    pub gate: Option<watch::Receiver<bool>>,
+}
+
+/// How a turn ended.
+struct End {
+    status: TurnStatus,
+    reason: Option<FinishReason>,
+    error: Option<String>,
+    text: String,
+    output_tokens: usize,
+    receipt: Option<Receipt>,
+}
+
+impl Runtime {
+    /// Starts the task that drives a turn. The turn's hub is registered when this returns.
+    pub(crate) fn drive(&self, run: Run, cancel_when_left: bool) -> Result<Arc<Hub>, SessionError> {
+        let alive = self.inner.keep_alive()?;
+        let hub = Arc::new(Hub::new(&run.spec.session, &run.spec.turn, cancel_when_left));
+        self.inner.add_hub(&hub);
+        let (runtime, driven) = (self.clone(), Arc::clone(&hub));
+        tokio::spawn(async move {
+            runtime.run(run, &driven).await;
+            runtime.inner.remove_hub(&driven.turn);
+            runtime.inner.changed(&driven.session);
+            drop(alive);
+        });
+        Ok(hub)
+    }
+
+    async fn run(&self, mut run: Run, hub: &Hub) {
+        let end = match self.listen(&mut run, hub).await {
+            Ok(end) => end,
+            Err(EngineError::Stopped) if self.inner.is_stopping() => return hub.abandon(),
+            // Someone else drives the turn now, and tells its end.
+            Err(EngineError::LeaseLost) => {
+                tracing::warn!(turn = hub.turn, session = hub.session, "the session's lease moved on");
+                return hub.abandon();
+            }
+            Err(why) => self.failed(&run, &why).await,
+        };
+        self.finish(run, end, hub).await;
+    }
+
+    /// Passes the engine's events on until the turn ends.
+    async fn listen(&self, run: &mut Run, hub: &Hub) -> Result<End, EngineError> {
+        if let Some(mut gate) = run.gate.take() {
+            // An error means that the other turn is gone, which opens the gate as well.
+            gate.wait_for(|open| *open).await.ok();
+        }
+        let mut events = run.engine.submit(run.spec.clone())?;
+        if hub.is_cancelled() {
+            run.engine.cancel(&hub.turn);
+        }
+        let mut text = String::new();
+        while let Some(event) = self.next_event(&mut events, run, hub).await {
+            match event {
+                Event::Started(_) => {
+                    let (session, turn) = (hub.session.clone(), hub.turn.clone());
+                    hub.publish(1, TurnEventBody::InProgress { session, turn });
+                }
+                Event::Token(output) => {
+                    text.push_str(&output.text);
+                    if !output.text.is_empty() || output.logprob.is_some() {
+                        let sequence_number = 2 + output.index as u64;
+                        let (token, logprob) = (output.token, output.logprob);
+                        hub.publish(
+                            sequence_number,
+                            TurnEventBody::Delta { delta: output.text, token, logprob },
+                        );
+                    }
+                }
+                Event::Finished(finish) => {
+                    text.push_str(&finish.text);
+                    let status = match finish.reason {
+                        FinishReason::Cancelled => TurnStatus::Cancelled,
+                        FinishReason::Stop | FinishReason::Length => TurnStatus::Completed,
+                    };
+                    return Ok(End {
+                        status,
+                        reason: Some(finish.reason),
+                        error: None,
+                        text,
+                        output_tokens: finish.output_tokens,
+                        receipt: Some(run.explain(finish.receipt)),
+                    });
+                }
+                Event::Failed(why) => return Err(why),
+            }
+        }
+        Err(EngineError::Stopped)
+    }
+
+    /// The next event; meanwhile a turn that nobody waits for any more is cancelled.
+    async fn next_event(
+        &self,
+        events: &mut mpsc::UnboundedReceiver<Event>,
+        run: &Run,
+        hub: &Hub,
+    ) -> Option<Event> {
+        if !hub.cancel_when_left {
+            return events.recv().await;
+        }
+        loop {
+            match tokio::time::timeout(LEFT_CHECK, events.recv()).await {
+                Ok(event) => {
+                    if hub.is_left() {
+                        run.engine.cancel(&hub.turn);
+                    }
+                    return event;
+                }
+                Err(_) if hub.is_left() => run.engine.cancel(&hub.turn),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The end of a turn that the engine gave up: what is in the log stays.
+    async fn failed(&self, run: &Run, why: &EngineError) -> End {
+        let output = match self.inner.store.token_log(&run.spec.session).await {
+            Ok(log) => log.get(run.spec.output_start..).unwrap_or_default().to_vec(),
+            Err(unread) => {
+                tracing::warn!(turn = run.spec.turn, "cannot read what a failed turn generated: {unread}");
+                Vec::new()
+            }
+        };
+        End {
+            status: TurnStatus::Failed,
+            reason: None,
+            error: Some(why.to_string()),
+            text: text_of(&output, run.engine.model().tokenizer()),
+            output_tokens: output.len(),
+            receipt: None,
+        }
+    }
+
+    /// Makes the turn's end durable, then tells it.
+    async fn finish(&self, mut run: Run, end: End, hub: &Hub) {
+        let now_ms = ids::now_ms();
+        let error = end.error.clone();
+        let change = match self.finish_turn_change(&mut run, end, now_ms).await {
+            Ok(change) => change,
+            Err(why) => return self.finish_failed(&run, hub, &why.to_string()),
+        };
+        let last = 2 + run.record.usage.completion_tokens as u64;
+        let mut told = false;
+        loop {
+            match self.inner.store.finish_turn(change.clone()).await {
+                Ok(_) => break,
+                Err(why @ StoreError::Full(_)) if !self.inner.is_stopping() => {
+                    if !told {
+                        tracing::warn!(turn = hub.turn, "the end of the turn waits for room: {why}");
+                        self.finish_failed(&run, hub, &why.to_string());
+                        told = true;
+                    }
+                    tokio::time::sleep(FULL_RETRY).await;
+                }
+                Err(_) if self.inner.is_stopping() => return hub.abandon(),
+                Err(why) => {
+                    tracing::error!(turn = hub.turn, "the end of the turn could not be recorded: {why}");
+                    if !told {
+                        self.finish_failed(&run, hub, &why.to_string());
+                    }
+                    return;
+                }
+            }
+        }
+        if run.record.delete_after
+            && let Err(why) = self.delete_by_id(&hub.session).await
+        {
+            // The sweeper tries again when its time is up.
+            tracing::warn!(session = hub.session, "an unstored session could not be deleted: {why}");
+        }
+        if told {
+            return;
+        }
+        let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, run.record.clone()));
+        // Before the last event, so that whoever has seen it finds the session idle.
+        self.inner.remove_hub(&hub.turn);
+        let body = match (run.record.status, error) {
+            (TurnStatus::Cancelled, _) => TurnEventBody::Cancelled { turn },
+            (TurnStatus::Failed, _) => TurnEventBody::Failed { turn },
+            _ => TurnEventBody::Completed { turn },
+        };
+        hub.publish(last, body);
+    }
+
+    async fn finish_turn_change(
+        &self,
+        run: &mut Run,
+        end: End,
+        now_ms: u64,
+    ) -> Result<FinishTurn, SessionError> {
+        let spec = &run.spec;
+        let prompt_tokens = spec.output_start;
+        let cached_tokens =
+            end.receipt.as_ref().map_or(0, |receipt| receipt.restored_tokens.min(prompt_tokens));
+        let record = &mut run.record;
+        record.status = end.status;
+        record.finish_reason = end.reason;
+        record.error.clone_from(&end.error);
+        record.completed_ms = Some(now_ms);
+        record.usage = Usage {
+            prompt_tokens,
+            completion_tokens: end.output_tokens,
+            total_tokens: prompt_tokens + end.output_tokens,
+            cached_tokens,
+        };
+        record.receipt = end.receipt;
+        record.output_text = end.text;
+        let log_end = prompt_tokens + end.output_tokens;
+        let item = match end.output_tokens {
+            0 => None,
+            _ => Some(KnownItem {
+                id: ids::mint("item_")?,
+                turn: Some(spec.turn.clone()),
+                message: message("assistant", &record.output_text),
+                generated: true,
+                token_start: prompt_tokens,
+                token_end: log_end,
+                created_ms: now_ms,
+            }),
+        };
+        let mut boundaries = Vec::new();
+        if let Some(item) = &item {
+            boundaries.push((run.chain.add(&item.message), log_end));
+        }
+        let row = self.inner.store.session(&spec.session).await?;
+        let settings = self.inner.settings(&spec.session).await?;
+        let expires_ms = match row.implicit {
+            true => Some(now_ms + self.inner.options.implicit_ttl_seconds * 1000),
+            false => settings.expires_ms(now_ms),
+        };
+        let kind = match record.status {
+            TurnStatus::Cancelled => "session.turn.cancelled",
+            TurnStatus::Failed => "session.turn.failed",
+            TurnStatus::Completed | TurnStatus::InProgress => "session.turn.completed",
+        };
+        let data = json!({
+            "finish_reason": record.finish_reason, "error": record.error, "usage": record.usage,
+            "dormouse": record.receipt, "item": item.as_ref().map(|item| &item.id),
+        });
+        Ok(FinishTurn {
+            session: spec.session.clone(),
+            turn: spec.turn.clone(),
+            fence: spec.fence,
+            record: encode(record)?,
+            item: item.map(|item| item.to_row()).transpose()?,
+            boundaries,
+            error: end.error,
+            expires_ms,
+            events: vec![new_event(kind, Some(&spec.turn), data)],
+            now_ms,
+        })
+    }
+
+    /// Tells the followers that the turn's end could not be recorded. The database still has it in progress, and the
+    /// next start finishes it.
+    fn finish_failed(&self, run: &Run, hub: &Hub, why: &str) {
+        let mut record = run.record.clone();
+        record.status = TurnStatus::Failed;
+        record.error = Some(format!("the end of this turn could not be recorded yet: {why}"));
+        let last = 2 + record.usage.completion_tokens as u64;
+        let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, record));
+        hub.publish(last, TurnEventBody::Failed { turn });
+    }
+}
+
+impl Run {
+    /// Adds to the engine's receipt what only the caller knows: why known messages were not found, and the message
+    /// at which the restored tokens end.
+    fn explain(&self, mut receipt: Receipt) -> Receipt {
+        // The last prompt token is always computed: its logits are what is sampled from.
+        if receipt.restored_tokens + 1 >= self.spec.output_start {
+            return receipt;
+        }
+        if let Some(known) = &self.miss {
+            let found = receipt
+                .miss
+                .get_or_insert_with(|| Miss { at_token: receipt.restored_tokens, ..known.clone() });
+            if known.reason == "model_changed" {
+                found.reason.clone_from(&known.reason);
+            }
+            found.at_message = found.at_message.or(known.at_message);
+        }
+        if let Some(miss) = &mut receipt.miss
+            && miss.at_message.is_none()
+        {
+            miss.at_message = self.starts.iter().rposition(|start| *start <= miss.at_token);
+        }
+        receipt
+    }
+}
+
+impl Inner {
+    /// The engine with the model of a session's settings.
+    pub fn engine_of(&self, settings: &records::Settings) -> Result<&Engine, SessionError> {
+        self.engine(Some(&settings.model))
+    }
+}

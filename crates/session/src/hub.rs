@@ -1,0 +1,174 @@
+//! The events of a running turn: kept from the first on, so that whoever attaches gets all of them once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+
+use crate::api::{TurnEvent, TurnEventBody};
+
+pub(crate) struct Hub {
+    pub session: String,
+    pub turn: String,
+    /// Ends with its followers: nobody else waits for the turn.
+    pub cancel_when_left: bool,
+    /// Someone asked for the end, perhaps before the engine had the turn.
+    cancelled: AtomicBool,
+    state: Mutex<State>,
+    /// True from the first output token (or the end) on.
+    warm: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct State {
+    events: Vec<TurnEvent>,
+    followers: Vec<mpsc::UnboundedSender<TurnEvent>>,
+    over: bool,
+}
+
+impl Hub {
+    pub fn new(session: &str, turn: &str, cancel_when_left: bool) -> Hub {
+        let hub = Hub {
+            session: session.to_owned(),
+            turn: turn.to_owned(),
+            cancel_when_left,
+            cancelled: AtomicBool::new(false),
+            state: Mutex::default(),
+            warm: watch::Sender::new(false),
+        };
+        hub.publish(0, TurnEventBody::Created { session: session.to_owned(), turn: turn.to_owned() });
+        hub
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic between two lines below leaves at most an event unsent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells everybody. The end of a turn that failed before its last tokens were committed comes after them all the
+    /// same.
+    pub fn publish(&self, sequence_number: u64, body: TurnEventBody) {
+        let mut state = self.state();
+        let next = state.events.last().map_or(0, |last| last.sequence_number + 1);
+        debug_assert!(body.is_last() || sequence_number >= next, "event {sequence_number} after {next}");
+        let sequence_number = sequence_number.max(next);
+        let event = TurnEvent { sequence_number, body };
+        state.followers.retain(|follower| follower.send(event.clone()).is_ok());
+        state.over |= event.body.is_last();
+        if sequence_number > 1 {
+            self.warm.send_replace(true);
+        }
+        state.events.push(event);
+        if state.over {
+            state.followers.clear();
+        }
+    }
+
+    /// Ends all streams without a last event: the turn goes on after the next start.
+    pub fn abandon(&self) {
+        let mut state = self.state();
+        state.over = true;
+        state.followers.clear();
+        self.warm.send_replace(true);
+    }
+
+    /// Everything after `starting_after` (from the start when None), then what follows.
+    pub fn follow(&self, starting_after: Option<u64>) -> mpsc::UnboundedReceiver<TurnEvent> {
+        // A follower that does not read holds at most the turn's own events.
+        let (follower, events) = mpsc::unbounded_channel();
+        let mut state = self.state();
+        for event in &state.events {
+            if starting_after.is_none_or(|after| event.sequence_number > after) {
+                // The receiver is in our hands.
+                follower.send(event.clone()).ok();
+            }
+        }
+        if !state.over {
+            state.followers.push(follower);
+        }
+        events
+    }
+
+    /// Nobody listens any more.
+    pub fn is_left(&self) -> bool {
+        let mut state = self.state();
+        state.followers.retain(|follower| !follower.is_closed());
+        !state.over && state.followers.is_empty()
+    }
+
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// The text so far.
+    pub fn text(&self) -> String {
+        let state = self.state();
+        let delta = |event: &TurnEvent| match &event.body {
+            TurnEventBody::Delta { delta, .. } => Some(delta.clone()),
+            _ => None,
+        };
+        state.events.iter().filter_map(delta).collect()
+    }
+
+    pub fn warm(&self) -> watch::Receiver<bool> {
+        self.warm.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(text: &str) -> TurnEventBody {
+        TurnEventBody::Delta { delta: text.into(), token: 5, logprob: None }
+    }
+
+    async fn numbers(mut events: mpsc::UnboundedReceiver<TurnEvent>) -> Vec<u64> {
+        let mut numbers = Vec::new();
+        while let Some(event) = events.recv().await {
+            numbers.push(event.sequence_number);
+        }
+        numbers
+    }
+
+    #[tokio::test]
+    async fn whoever_attaches_gets_each_event_after_the_given_one_exactly_once() {
+        let hub = Hub::new("s", "t", false);
+        let first = hub.follow(None);
+        hub.publish(1, TurnEventBody::InProgress { session: "s".into(), turn: "t".into() });
+        hub.publish(2, delta("a"));
+        let late = hub.follow(Some(1));
+        hub.publish(4, delta("b"));
+        let later = hub.follow(Some(4));
+        assert_eq!(hub.text(), "ab");
+        hub.publish(7, delta("c"));
+        hub.abandon();
+        assert_eq!(numbers(first).await, [0, 1, 2, 4, 7]);
+        assert_eq!(numbers(late).await, [2, 4, 7]);
+        assert_eq!(numbers(later).await, [7]);
+        assert_eq!(numbers(hub.follow(None)).await, [0, 1, 2, 4, 7]);
+    }
+
+    #[test]
+    fn a_hub_is_left_when_its_last_follower_is_gone() {
+        let hub = Hub::new("s", "t", true);
+        let (one, two) = (hub.follow(None), hub.follow(None));
+        drop(one);
+        assert!(!hub.is_left());
+        drop(two);
+        assert!(hub.is_left());
+    }
+
+    #[tokio::test]
+    async fn others_may_wait_for_the_first_token() {
+        let hub = Hub::new("s", "t", false);
+        let mut warm = hub.warm();
+        assert!(!*warm.borrow());
+        hub.publish(2, delta("a"));
+        warm.wait_for(|warm| *warm).await.unwrap();
+    }
+}

@@ -1,0 +1,60 @@
+//! Identifiers and time.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::SessionError;
+
+/// `prefix` and 128 random bits in hexadecimal.
+pub(crate) fn mint(prefix: &str) -> Result<String, SessionError> {
+    let mut random = [0u8; 16];
+    getrandom::fill(&mut random)
+        .map_err(|why| SessionError::Internal(format!("the system gave no random bits: {why}")))?;
+    Ok(format!("{prefix}{:032x}", u128::from_be_bytes(random)))
+}
+
+/// A seed for sessions and turns that name none.
+pub(crate) fn random_seed() -> Result<u64, SessionError> {
+    let mut random = [0u8; 8];
+    getrandom::fill(&mut random)
+        .map_err(|why| SessionError::Internal(format!("the system gave no random bits: {why}")))?;
+    // Below 2^53: exact in every client's JSON numbers.
+    Ok(u64::from_be_bytes(random) >> 11)
+}
+
+/// Milliseconds since the epoch; 0 on a clock that stands before it.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The seed of choice `index` of a request: choice 0 has the request's own.
+pub(crate) fn choice_seed(seed: u64, index: usize) -> u64 {
+    match index {
+        0 => seed,
+        _ => {
+            let mut hasher = blake3::Hasher::new_derive_key("dormouse choice seed v1");
+            hasher.update(&seed.to_le_bytes()).update(&(index as u64).to_le_bytes());
+            let mut bytes = [0u8; 8];
+            bytes.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+            u64::from_le_bytes(bytes)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_have_128_random_bits_and_never_repeat() {
+        let (one, two) = (mint("sess_").unwrap(), mint("sess_").unwrap());
+        assert_eq!((one.len(), &one[..5]), (37, "sess_"));
+        assert_ne!(one, two);
+    }
+
+    #[test]
+    fn choices_differ_in_their_seeds_and_the_first_has_the_requests() {
+        assert_eq!(choice_seed(7, 0), 7);
+        assert_ne!(choice_seed(7, 1), choice_seed(7, 2));
+        assert_ne!(choice_seed(7, 1), choice_seed(8, 1));
+    }
+}

@@ -1,0 +1,412 @@
+//! Turns: begun, looked at, attached to, cancelled.
+
+use std::sync::Arc;
+
+use dormouse_engine::{Engine, Miss, OutputText, Priority, TurnSpec};
+use dormouse_store::{BeginTurn, History, StoreError};
+use serde_json::json;
+use tokio::sync::{mpsc, watch};
+
+use crate::api::*;
+use crate::chain::Chain;
+use crate::drive::Run;
+use crate::hub::Hub;
+use crate::ids;
+use crate::records::{self, KnownItem, Settings, TurnRecord, decode, encode, message, new_event};
+use crate::rendering::{Conversation, Prompt, Voice};
+use crate::runtime::Runtime;
+
+/// Plans that another writer overtook before the lease was taken; then the session is simply busy.
+const PLANNING_ATTEMPTS: usize = 3;
+
+/// A turn to begin.
+#[derive(Clone)]
+pub(crate) struct Start {
+    pub input: Vec<Message>,
+    pub generation: Generation,
+    pub background: bool,
+    pub miss: Option<Miss>,
+    pub cancel_when_left: bool,
+    pub delete_after: bool,
+    pub gate: Option<watch::Receiver<bool>>,
+}
+
+impl Start {
+    pub fn new(input: Vec<Message>, generation: Generation) -> Start {
+        Start {
+            input,
+            generation,
+            background: false,
+            miss: None,
+            cancel_when_left: false,
+            delete_after: false,
+            gate: None,
+        }
+    }
+}
+
+impl Runtime {
+    /// Appends the input durably and starts generating. The turn lives on when the stream is dropped.
+    pub async fn start_turn(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        request: TurnRequest,
+    ) -> Result<TurnStream, SessionError> {
+        let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let start = Start { background: request.background, ..Start::new(request.input, request.generation) };
+        let hub = self.begin(tenant, &id, start).await?;
+        Ok(stream(&hub, None))
+    }
+
+    pub async fn turn(&self, tenant: &Tenant, session: &str, turn: &str) -> Result<Turn, SessionError> {
+        let turns = self.turns(tenant, session).await?;
+        turns.into_iter().find(|it| it.id == turn).ok_or_else(|| SessionError::TurnNotFound(turn.to_owned()))
+    }
+
+    pub async fn turns(&self, tenant: &Tenant, session: &str) -> Result<Vec<Turn>, SessionError> {
+        let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let history = self.inner.store.history(&id).await?;
+        let turn = |row| -> Result<Turn, SessionError> {
+            let mut turn = records::turn(&id, row)?;
+            if turn.status == TurnStatus::InProgress
+                && let Some(hub) = self.inner.hub(&turn.id)
+            {
+                turn.output_text = hub.text();
+            }
+            Ok(turn)
+        };
+        history.turns.iter().map(turn).collect()
+    }
+
+    /// The turn's events after `starting_after` (all when None), at any age, also while it runs.
+    pub async fn attach(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        turn: &str,
+        starting_after: Option<u64>,
+    ) -> Result<TurnStream, SessionError> {
+        let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let running = || self.inner.hub(turn).filter(|hub| hub.session == id);
+        if let Some(hub) = running() {
+            return Ok(stream(&hub, starting_after));
+        }
+        let (history, log) = self.inner.store.conversation(&id).await?;
+        let row = history
+            .turns
+            .iter()
+            .find(|row| row.id == turn)
+            .ok_or_else(|| SessionError::TurnNotFound(turn.to_owned()))?;
+        let record: TurnRecord = decode(&row.record)?;
+        if record.status == TurnStatus::InProgress {
+            // It may have been found again meanwhile.
+            return match running() {
+                Some(hub) => Ok(stream(&hub, starting_after)),
+                None if self.inner.is_stopping() => Err(SessionError::Stopping),
+                None => Err(SessionError::Internal(format!(
+                    "turn '{turn}' was interrupted and waits for its model to be loaded"
+                ))),
+            };
+        }
+        let settings: Settings = decode(&history.settings)?;
+        let output = row.output_start.zip(row.output_end).and_then(|(start, end)| log.get(start..end));
+        let whole = records::turn(&id, row)?;
+        let events = match (output, self.inner.engine_of(&settings)) {
+            (Some(output), Ok(engine)) => replay(whole, output, engine, &record.generation.stop),
+            _ => replay_text(whole),
+        };
+        let (sender, receiver) = mpsc::unbounded_channel();
+        for event in events {
+            if starting_after.is_none_or(|after| event.sequence_number > after) {
+                // The receiver is in our hands.
+                sender.send(event).ok();
+            }
+        }
+        Ok(TurnStream { session: id, turn: turn.to_owned(), events: receiver })
+    }
+
+    /// Stops the turn; what was generated stays. Answers the turn as it then is.
+    pub async fn cancel(&self, tenant: &Tenant, session: &str, turn: &str) -> Result<Turn, SessionError> {
+        let found = self.turn(tenant, session, turn).await?;
+        let Some(hub) = self.inner.hub(turn) else { return Ok(found) };
+        let mut events = hub.follow(None);
+        hub.cancel();
+        for engine in &self.inner.engines {
+            engine.cancel(turn);
+        }
+        while events.recv().await.is_some() {}
+        self.turn(tenant, session, turn).await
+    }
+
+    /// Takes the session's lease, makes the input durable, and hands the turn to its engine.
+    pub(crate) async fn begin(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        start: Start,
+    ) -> Result<Arc<Hub>, SessionError> {
+        if start.input.is_empty() {
+            return Err(SessionError::Invalid {
+                param: "input".into(),
+                message: "a turn needs at least one input message".into(),
+            });
+        }
+        for _ in 0..PLANNING_ATTEMPTS {
+            let _alive = self.inner.keep_alive()?;
+            let (history, log) = self.inner.store.conversation(session).await?;
+            if let Some(turn) = &history.session.active_turn {
+                return Err(SessionError::Busy { session: session.to_owned(), turn: turn.clone() });
+            }
+            let plan = self.plan(history, log, start.clone()).await?;
+            let begun = self.inner.store.begin_turn(plan.change.clone()).await;
+            match begun {
+                Err(StoreError::LeaseLost { .. }) => continue,
+                Err(why) => return Err(why.into()),
+                Ok(row) => {
+                    self.inner.changed(session);
+                    // A path in another model's page file is of no use here.
+                    let claim = row.leaf_slot.filter(|_| row.page_file == Some(plan.engine.page_file()));
+                    let cancel_when_left = start.cancel_when_left;
+                    let run = plan.into_run(tenant, row.fence, claim, start);
+                    return self.drive(run, cancel_when_left);
+                }
+            }
+        }
+        Err(SessionError::Busy { session: session.to_owned(), turn: "(another writer's)".into() })
+    }
+
+    /// What the turn will change, planned off the async threads: a long conversation takes tens of milliseconds to
+    /// render and tokenise.
+    async fn plan(&self, history: History, log: Vec<u32>, start: Start) -> Result<Plan, SessionError> {
+        let settings: Settings = decode(&history.settings)?;
+        let engine = self.inner.engine_of(&settings)?.clone();
+        let planned =
+            tokio::task::spawn_blocking(move || Plan::new(engine, settings, history, log, start)).await;
+        planned.map_err(|why| SessionError::Internal(format!("planning the turn failed: {why}")))?
+    }
+}
+
+/// A turn on paper.
+struct Plan {
+    engine: Engine,
+    settings: Settings,
+    change: BeginTurn,
+    record: TurnRecord,
+    messages: Vec<Message>,
+    log: Vec<u32>,
+    covered: usize,
+    starts: Vec<usize>,
+    model_changed: bool,
+}
+
+impl Plan {
+    fn new(
+        engine: Engine,
+        mut settings: Settings,
+        history: History,
+        log: Vec<u32>,
+        start: Start,
+    ) -> Result<Plan, SessionError> {
+        let model = engine.model();
+        let (tokenizer, context) = (model.tokenizer(), model.context());
+        let known = records::items(history.items)?;
+        let retokenized = settings.tokenizer != records::hex(&tokenizer.fingerprint());
+        let model_changed = settings.fingerprint != records::hex(&model.fingerprint());
+        let system = settings.instructions.as_deref().map(|text| message("system", text));
+        let voice = Voice { tokenizer, template: model.template() };
+        let prompt = voice.plan(&Conversation {
+            system: system.clone(),
+            items: &known,
+            input: &start.input,
+            tools: &settings.tools,
+            log: if retokenized { &[] } else { &log },
+        })?;
+        let prompt_tokens = prompt.keep_tokens + prompt.tokens.len();
+        if prompt_tokens >= context {
+            return Err(SessionError::ContextLengthExceeded { context, tokens: prompt_tokens });
+        }
+        let turn = ids::mint("turn_")?;
+        let now_ms = ids::now_ms();
+        let input_items = start.input.iter().map(|message| {
+            Ok(KnownItem {
+                id: ids::mint("item_")?,
+                turn: Some(turn.clone()),
+                message: message.clone(),
+                generated: false,
+                token_start: 0,
+                token_end: 0,
+                created_ms: now_ms,
+            })
+        });
+        let input_items = input_items.collect::<Result<Vec<KnownItem>, SessionError>>()?;
+        let messages =
+            system.into_iter().chain(known.iter().chain(&input_items).map(|item| item.message.clone()));
+        let messages: Vec<Message> = messages.collect();
+        let Prompt { keep_tokens, tokens, keep_items, ranges } = prompt;
+        let mut starts: Vec<usize> = known[..keep_items].iter().map(|item| item.token_start).collect();
+        starts.extend(ranges.iter().map(|(start, _)| *start));
+        let mut rows = Vec::with_capacity(ranges.len());
+        for (mut item, (start, end)) in known[keep_items..].iter().cloned().chain(input_items).zip(ranges) {
+            (item.token_start, item.token_end) = (start, end);
+            // Tokenised from its text, it is as exact as any input.
+            item.generated = false;
+            rows.push(item.to_row()?);
+        }
+        let record = TurnRecord {
+            status: TurnStatus::InProgress,
+            background: start.background,
+            generation: start.generation,
+            input_start: keep_tokens,
+            delete_after: start.delete_after,
+            completed_ms: None,
+            finish_reason: None,
+            error: None,
+            output_text: String::new(),
+            usage: Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() },
+            receipt: None,
+        };
+        settings.tokenizer = records::hex(&tokenizer.fingerprint());
+        settings.fingerprint = records::hex(&model.fingerprint());
+        let mut events = Vec::new();
+        let retokenized = retokenized && !log.is_empty();
+        if retokenized {
+            let data = json!({ "tokens_before": log.len(), "tokens": prompt_tokens });
+            events.push(new_event("session.retokenized", Some(&turn), data));
+        }
+        let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+        events.push(new_event("session.turn.created", Some(&turn), json!({ "items": ids })));
+        let covered = if retokenized { 0 } else { history.session.kv_len.min(keep_tokens) };
+        let mut log = log;
+        log.truncate(keep_tokens);
+        log.extend_from_slice(&tokens);
+        let change = BeginTurn {
+            session: history.session.id,
+            turn,
+            fence: history.session.fence,
+            keep_tokens,
+            tokens,
+            keep_items,
+            items: rows,
+            retokenized,
+            record: encode(&record)?,
+            settings: model_changed.then(|| encode(&settings)).transpose()?,
+            events,
+            now_ms,
+        };
+        Ok(Plan { engine, settings, change, record, messages, log, covered, starts, model_changed })
+    }
+
+    fn into_run(
+        self,
+        tenant: &Tenant,
+        fence: u64,
+        claim: Option<u32>,
+        start: Start,
+    ) -> Run {
+        let mut chain = root_chain(tenant, &self.engine, &self.settings);
+        for message in &self.messages {
+            chain.add(message);
+        }
+        let changed = Miss { reason: "model_changed".into(), at_token: 0, at_message: None };
+        let miss = if self.model_changed { Some(changed) } else { start.miss };
+        let spec = spec(&self.engine, &self.record, &self.change.session, &self.change.turn, fence, self.log);
+        let spec = TurnSpec { covered: self.covered, claim, ..spec };
+        Run {
+            engine: self.engine,
+            spec,
+            record: self.record,
+            created_ms: self.change.now_ms,
+            chain,
+            starts: self.starts,
+            miss,
+            gate: start.gate,
+        }
+    }
+}
+
+/// The engine's orders for a turn with this record. `record.usage.prompt_tokens` tells where its output begins.
+pub(crate) fn spec(
+    engine: &Engine,
+    record: &TurnRecord,
+    session: &str,
+    turn: &str,
+    fence: u64,
+    log: Vec<u32>,
+) -> TurnSpec {
+    let generation = &record.generation;
+    let output_start = record.usage.prompt_tokens;
+    let room = engine.model().context().saturating_sub(output_start);
+    TurnSpec {
+        session: session.to_owned(),
+        turn: turn.to_owned(),
+        fence,
+        log,
+        output_start,
+        covered: 0,
+        claim: None,
+        sampling: generation.sampling.clone(),
+        max_tokens: generation.max_tokens.map_or(room, |most| most.min(room)),
+        stop: generation.stop.clone(),
+        ignore_eos: generation.ignore_eos,
+        priority: if record.background { Priority::Background } else { Priority::Interactive },
+    }
+}
+
+/// The chain of a session's conversation, before its first message.
+pub(crate) fn root_chain(tenant: &Tenant, engine: &Engine, settings: &Settings) -> Chain {
+    let template = blake3::hash(engine.model().template().source().as_bytes());
+    Chain::new(tenant, &engine.model().fingerprint(), template.as_bytes(), &settings.tools)
+}
+
+pub(crate) fn stream(hub: &Arc<Hub>, starting_after: Option<u64>) -> TurnStream {
+    TurnStream { session: hub.session.clone(), turn: hub.turn.clone(), events: hub.follow(starting_after) }
+}
+
+/// The events of a finished turn, as they were when it ran.
+fn replay(turn: Turn, output: &[u32], engine: &Engine, stop: &[String]) -> Vec<TurnEvent> {
+    let mut text = OutputText::new(engine.model().tokenizer(), stop);
+    let mut deltas = Vec::new();
+    for (index, token) in output.iter().enumerate() {
+        let (delta, stopped) = text.push(*token);
+        if !delta.is_empty() {
+            deltas.push((2 + index as u64, delta, *token));
+        }
+        if stopped {
+            break;
+        }
+    }
+    framed(turn, deltas)
+}
+
+/// The same where the tokens are no more: the text in one piece.
+fn replay_text(turn: Turn) -> Vec<TurnEvent> {
+    let text = turn.output_text.clone();
+    let deltas = if text.is_empty() { Vec::new() } else { vec![(2, text, 0)] };
+    framed(turn, deltas)
+}
+
+fn framed(turn: Turn, deltas: Vec<(u64, String, u32)>) -> Vec<TurnEvent> {
+    let (session, id) = (turn.session.clone(), turn.id.clone());
+    // A turn that was tokenised anew since, or has no output, still ends after what it said.
+    let after = deltas.last().map_or(2, |(number, ..)| number + 1);
+    let last = after.max(2 + turn.usage.completion_tokens as u64);
+    let started = TurnEventBody::Created { session: session.clone(), turn: id.clone() };
+    let running = TurnEventBody::InProgress { session, turn: id };
+    let mut events = vec![
+        TurnEvent { sequence_number: 0, body: started },
+        TurnEvent { sequence_number: 1, body: running },
+    ];
+    for (sequence_number, delta, token) in deltas {
+        events
+            .push(TurnEvent { sequence_number, body: TurnEventBody::Delta { delta, token, logprob: None } });
+    }
+    let turn = Box::new(turn);
+    let body = match turn.status {
+        TurnStatus::Cancelled => TurnEventBody::Cancelled { turn },
+        TurnStatus::Failed => TurnEventBody::Failed { turn },
+        TurnStatus::Completed | TurnStatus::InProgress => TurnEventBody::Completed { turn },
+    };
+    events.push(TurnEvent { sequence_number: last, body });
+    events
+}

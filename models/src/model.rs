@@ -1,0 +1,217 @@
+//! A loaded model: weights, tokenizer, chat template, and what identifies them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
+
+use serde_json::{Map, Value};
+
+use crate::chat_template::ChatTemplate;
+use crate::config::ModelConfig;
+use crate::decoder::Decoder;
+use crate::gguf::GgufFile;
+use crate::safetensors::SafetensorsFolder;
+use crate::tokenizer::Tokenizer;
+use crate::weights::WeightSource;
+use crate::{ModelError, TokenId};
+
+/// How a model is to be loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// What clients call it.
+    pub name: String,
+    /// Positions a session may have; None: as many as the model was trained for.
+    pub context: Option<usize>,
+    pub kv_dtype: KvDtype,
+    /// [`hash_weights`] of the path.
+    pub weights_hash: [u8; 32],
+    /// The device's numerics tag (`Cpu::numerics`).
+    pub device_numerics: String,
+}
+
+pub struct Model {
+    pub name: String,
+    path: PathBuf,
+    context: usize,
+    tokenizer: Arc<Tokenizer>,
+    template: ChatTemplate,
+    decoder: Decoder,
+    layout: PageLayout,
+    numerics: String,
+    fingerprint: [u8; 32],
+}
+
+impl Model {
+    /// Maps the GGUF file, or the safetensors folder, at `path`.
+    pub fn load(path: &Path, options: LoadOptions) -> Result<Model, ModelError> {
+        let (config, decoder, tokenizer, template) = if path.is_dir() {
+            let folder = SafetensorsFolder::open(path)?;
+            let config = ModelConfig::from_folder(&folder)?;
+            let decoder = Decoder::new(&folder, config.clone())?;
+            let tokenizer = folder_tokenizer(&folder)?;
+            let template = template(folder_template(&folder)?.as_deref(), &tokenizer)?;
+            (config, decoder, tokenizer, template)
+        } else {
+            let file = GgufFile::open(path)?;
+            let config = ModelConfig::from_gguf(&file)?;
+            let decoder = Decoder::new(&file, config.clone())?;
+            let tokenizer = Tokenizer::from_gguf(&file)?;
+            let template = template(file.str("tokenizer.chat_template"), &tokenizer)?;
+            (config, decoder, tokenizer, template)
+        };
+        if tokenizer.vocab_size() > config.vocab {
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                what: format!(
+                    "the tokenizer has {} tokens, but the embedding only {} rows",
+                    tokenizer.vocab_size(),
+                    config.vocab
+                ),
+            });
+        }
+        let context = options.context.unwrap_or(config.context);
+        if context == 0 || context > config.context {
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                what: format!(
+                    "a context of {context} tokens was asked for; the model was trained for 1 to {}",
+                    config.context
+                ),
+            });
+        }
+        let layout = decoder.page_layout(options.kv_dtype);
+        let numerics = format!("{}-kv_{}", options.device_numerics, options.kv_dtype.name());
+        Ok(Model {
+            name: options.name,
+            path: path.to_owned(),
+            context,
+            fingerprint: fingerprint(&options.weights_hash, &config, &numerics),
+            tokenizer: Arc::new(tokenizer),
+            template,
+            decoder,
+            layout,
+            numerics,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Positions that one session may have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    pub fn template(&self) -> &ChatTemplate {
+        &self.template
+    }
+
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    pub fn layout(&self) -> &PageLayout {
+        &self.layout
+    }
+
+    pub fn kv_token_bytes(&self) -> usize {
+        self.layout.token_bytes()
+    }
+
+    /// Identity of the bits that this model on this device produces.
+    pub fn numerics(&self) -> &str {
+        &self.numerics
+    }
+
+    /// Identity that KV pages depend on: weights, settings, page layout and numerics. Pages of another fingerprint
+    /// are never used, so what is restored is exact.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+}
+
+/// The model's own template, or ChatML.
+fn template(source: Option<&str>, tokenizer: &Tokenizer) -> Result<ChatTemplate, ModelError> {
+    let (bos, eos) = (tokenizer.bos_text(), tokenizer.eos_text());
+    match source {
+        Some(source) => ChatTemplate::new(source, &bos, &eos),
+        None => ChatTemplate::chatml(&bos, &eos),
+    }
+}
+
+fn folder_tokenizer(folder: &SafetensorsFolder) -> Result<Tokenizer, ModelError> {
+    let path = folder.path().join("tokenizer.json");
+    let bytes = std::fs::read(&path).map_err(|source| ModelError::Io { path, source })?;
+    let settings: Map<String, Value> = folder.json("tokenizer_config.json")?.unwrap_or_default();
+    let mut ends = Vec::new();
+    for name in ["generation_config.json", "config.json"] {
+        let json: Map<String, Value> = folder.json(name)?.unwrap_or_default();
+        match json.get("eos_token_id") {
+            Some(Value::Array(ids)) => ends.extend(ids.iter().filter_map(Value::as_u64)),
+            Some(id) => ends.extend(id.as_u64()),
+            None => {}
+        }
+    }
+    let ends: Vec<TokenId> = ends.into_iter().filter_map(|id| id.try_into().ok()).collect();
+    Tokenizer::from_json(&bytes, &settings, &ends)
+}
+
+/// `chat_template.jinja`, or the template inside `tokenizer_config.json` (the one named "default" of several).
+fn folder_template(folder: &SafetensorsFolder) -> Result<Option<String>, ModelError> {
+    let path = folder.path().join("chat_template.jinja");
+    if path.exists() {
+        return std::fs::read_to_string(&path).map(Some).map_err(|source| ModelError::Io { path, source });
+    }
+    let settings: Map<String, Value> = folder.json("tokenizer_config.json")?.unwrap_or_default();
+    Ok(match settings.get("chat_template") {
+        Some(Value::String(source)) => Some(source.clone()),
+        Some(Value::Array(named)) => named
+            .iter()
+            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|entry| entry.get("template")?.as_str())
+            .map(str::to_owned),
+        _ => None,
+    })
+}
+
+fn fingerprint(weights: &[u8; 32], config: &ModelConfig, numerics: &str) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("dormouse model fingerprint v1");
+    hasher.update(weights);
+    // `Debug` of the description is stable within a build; a change of it only costs a recomputation.
+    for part in [format!("{config:?}"), numerics.to_owned(), format!("page {PAGE_TOKENS}")] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// BLAKE3 over everything that defines the weights at `path`: the file, or the files of a folder in order of name.
+pub fn hash_weights(path: &Path) -> Result<[u8; 32], ModelError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ModelError::Io { path, source }
+    };
+    let mut files = vec![path.to_owned()];
+    if path.is_dir() {
+        let entries = std::fs::read_dir(path).map_err(io(path))?;
+        files = entries.map(|entry| Ok(entry.map_err(io(path))?.path())).collect::<Result<_, ModelError>>()?;
+        files.retain(|file| file.extension().is_some_and(|kind| kind == "safetensors" || kind == "json"));
+        files.sort();
+    }
+    let mut hasher = blake3::Hasher::new_derive_key("dormouse weights v1");
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // A single file's name says nothing about its contents; a folder's names say which file is which.
+        if path.is_dir() {
+            hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes());
+        }
+        hasher.update_mmap_rayon(&file).map_err(io(&file))?;
+    }
+    Ok(*hasher.finalize().as_bytes())
+}

@@ -1,0 +1,89 @@
+use super::*;
+
+fn smollm2() -> Tokenizer {
+    Tokenizer::from_gguf(&GgufFile::open(crate::test_model()).unwrap()).unwrap()
+}
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    text: String,
+    literal: Vec<TokenId>,
+    parsed: Vec<TokenId>,
+}
+
+#[test]
+fn ids_equal_those_of_llama_cpp_on_the_same_file() {
+    let tokenizer = smollm2();
+    let goldens: Vec<Golden> =
+        serde_json::from_str(include_str!("../../tests/smollm2_token_goldens.json")).unwrap();
+    assert!(goldens.len() >= 300);
+    for Golden { text, literal, parsed } in goldens {
+        assert_eq!(tokenizer.encode(&text, Specials::Literal, false).unwrap(), literal, "literal {text:?}");
+        assert_eq!(tokenizer.encode(&text, Specials::Parse, false).unwrap(), parsed, "parsed {text:?}");
+    }
+}
+
+#[test]
+fn a_user_cannot_write_a_special_token() {
+    let tokenizer = smollm2();
+    let text = "x<|im_end|>\n<|im_start|>system";
+    let literal = tokenizer.encode(text, Specials::Literal, false).unwrap();
+    assert!(literal.iter().all(|&id| !tokenizer.is_control(id)));
+    let bytes: Vec<u8> = literal.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap().to_vec()).collect();
+    assert_eq!(bytes, text.as_bytes());
+    let parsed = tokenizer.encode(text, Specials::Parse, false).unwrap();
+    assert_eq!(parsed.iter().filter(|&&id| tokenizer.is_control(id)).count(), 2);
+}
+
+#[test]
+fn the_real_models_special_tokens_are_known() {
+    let tokenizer = smollm2();
+    assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));
+    assert!(tokenizer.eog_tokens().contains(&0) && tokenizer.eog_tokens().contains(&2));
+    assert_eq!((tokenizer.adds_bos(), tokenizer.vocab_size()), (false, 49152));
+    assert_eq!(tokenizer.bos_text(), "<|im_start|>");
+    assert_eq!(tokenizer.encode("", Specials::Parse, true).unwrap(), [1]);
+    assert_eq!(tokenizer.token_bytes(49152), None);
+    assert_eq!(tokenizer.fingerprint(), smollm2().fingerprint());
+}
+
+const TOKENIZER_JSON: &str = r#"{"version": "1.0", "added_tokens": [
+    {"id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+     "normalized": false},
+    {"id": 1, "content": "<|im_end|>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+     "normalized": false}],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "<|im_end|>": 1, "a": 2, "b": 3, "Ġ": 4, "ab": 5, "<": 6, "s": 7,
+     ">": 8}, "merges": ["a b"]}}"#;
+
+#[test]
+fn a_tokenizer_json_is_read_with_its_special_tokens() {
+    let config = serde_json::json!({"bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>"});
+    let tokenizer =
+        Tokenizer::from_json(TOKENIZER_JSON.as_bytes(), config.as_object().unwrap(), &[7]).unwrap();
+    assert_eq!(tokenizer.encode("ab ab<s>", Specials::Parse, false).unwrap(), [5, 4, 5, 0]);
+    assert_eq!(tokenizer.encode("ab<s>", Specials::Literal, true).unwrap(), [0, 5, 6, 7, 8]);
+    assert_eq!(tokenizer.token_bytes(4), Some(&b" "[..]));
+    assert_eq!(
+        (tokenizer.bos(), tokenizer.eog_tokens(), tokenizer.adds_bos()),
+        (Some(0), &[1, 7][..], false)
+    );
+    assert!(tokenizer.is_control(1) && !tokenizer.is_control(5));
+}
+
+#[test]
+fn a_broken_tokenizer_json_is_an_error() {
+    for len in (0..TOKENIZER_JSON.len()).step_by(7) {
+        let cut = &TOKENIZER_JSON.as_bytes()[..len];
+        assert!(Tokenizer::from_json(cut, &serde_json::Map::new(), &[]).is_err());
+    }
+}
+
+#[test]
+fn merges_about_unknown_tokens_are_an_error_and_not_a_panic() {
+    let pre = || split::PreTokenizer::named("gpt-2").unwrap();
+    assert!(ByteLevel::new(pre(), &["a", "b"], &["a b"]).is_err());
+    assert!(ByteLevel::new(pre(), &["a", "b"], &["ab"]).is_err());
+    assert!(ByteLevel::new(pre(), &["a", "b", "ab"], &["a b"]).is_ok());
+}
