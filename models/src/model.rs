@@ -5,16 +5,12 @@ use std::sync::Arc;
 
 use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
 
-use serde_json::{Map, Value};
-
+use crate::ModelError;
 use crate::chat_template::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
-use crate::gguf::GgufFile;
-use crate::safetensors::SafetensorsFolder;
+use crate::source::ModelSource;
 use crate::tokenizer::Tokenizer;
-use crate::weights::WeightSource;
-use crate::{ModelError, TokenId};
 
 /// How a model is to be loaded.
 #[derive(Clone, Debug)]
@@ -45,21 +41,11 @@ pub struct Model {
 impl Model {
     /// Maps the GGUF file, or the safetensors folder, at `path`.
     pub fn load(path: &Path, options: LoadOptions) -> Result<Model, ModelError> {
-        let (config, decoder, tokenizer, template) = if path.is_dir() {
-            let folder = SafetensorsFolder::open(path)?;
-            let config = ModelConfig::from_folder(&folder)?;
-            let decoder = Decoder::new(&folder, config.clone())?;
-            let tokenizer = folder_tokenizer(&folder)?;
-            let template = template(folder_template(&folder)?.as_deref(), &tokenizer)?;
-            (config, decoder, tokenizer, template)
-        } else {
-            let file = GgufFile::open(path)?;
-            let config = ModelConfig::from_gguf(&file)?;
-            let decoder = Decoder::new(&file, config.clone())?;
-            let tokenizer = Tokenizer::from_gguf(&file)?;
-            let template = template(file.str("tokenizer.chat_template"), &tokenizer)?;
-            (config, decoder, tokenizer, template)
-        };
+        let source = ModelSource::open(path)?;
+        let config = source.config()?;
+        let decoder = Decoder::new(&source, config.clone())?;
+        let tokenizer = source.tokenizer()?;
+        let template = source.chat_template(&tokenizer)?;
         if tokenizer.vocab_size() > config.vocab {
             return Err(ModelError::Malformed {
                 path: path.to_owned(),
@@ -134,50 +120,6 @@ impl Model {
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }
-}
-
-/// The model's own template, or ChatML.
-fn template(source: Option<&str>, tokenizer: &Tokenizer) -> Result<ChatTemplate, ModelError> {
-    let (bos, eos) = (tokenizer.bos_text(), tokenizer.eos_text());
-    match source {
-        Some(source) => ChatTemplate::new(source, &bos, &eos),
-        None => ChatTemplate::chatml(&bos, &eos),
-    }
-}
-
-fn folder_tokenizer(folder: &SafetensorsFolder) -> Result<Tokenizer, ModelError> {
-    let path = folder.path().join("tokenizer.json");
-    let bytes = std::fs::read(&path).map_err(|source| ModelError::Io { path, source })?;
-    let settings: Map<String, Value> = folder.json("tokenizer_config.json")?.unwrap_or_default();
-    let mut ends = Vec::new();
-    for name in ["generation_config.json", "config.json"] {
-        let json: Map<String, Value> = folder.json(name)?.unwrap_or_default();
-        match json.get("eos_token_id") {
-            Some(Value::Array(ids)) => ends.extend(ids.iter().filter_map(Value::as_u64)),
-            Some(id) => ends.extend(id.as_u64()),
-            None => {}
-        }
-    }
-    let ends: Vec<TokenId> = ends.into_iter().filter_map(|id| id.try_into().ok()).collect();
-    Tokenizer::from_json(&bytes, &settings, &ends)
-}
-
-/// `chat_template.jinja`, or the template inside `tokenizer_config.json` (the one named "default" of several).
-fn folder_template(folder: &SafetensorsFolder) -> Result<Option<String>, ModelError> {
-    let path = folder.path().join("chat_template.jinja");
-    if path.exists() {
-        return std::fs::read_to_string(&path).map(Some).map_err(|source| ModelError::Io { path, source });
-    }
-    let settings: Map<String, Value> = folder.json("tokenizer_config.json")?.unwrap_or_default();
-    Ok(match settings.get("chat_template") {
-        Some(Value::String(source)) => Some(source.clone()),
-        Some(Value::Array(named)) => named
-            .iter()
-            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|entry| entry.get("template")?.as_str())
-            .map(str::to_owned),
-        _ => None,
-    })
 }
 
 fn fingerprint(weights: &[u8; 32], config: &ModelConfig, numerics: &str) -> [u8; 32] {

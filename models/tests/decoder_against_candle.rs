@@ -1,6 +1,8 @@
 //! The decoder against an independent one: candle-transformers' Llama in f32 on the same weights, and against itself
 //! in every cut of the work.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor as Candle};

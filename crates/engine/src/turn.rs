@@ -66,8 +66,8 @@ impl Turn {
             spec,
         };
         turn.say(Event::Started(turn.receipt.clone()));
-        for token in turn.spec.log[turn.spec.output_start..].to_vec() {
-            turn.publish(model, token, None);
+        for at in turn.spec.output_start..turn.spec.log.len() {
+            turn.publish(model, turn.spec.log[at], None);
         }
         if turn.spec.max_tokens == 0 {
             turn.end(Ending::Finish(FinishReason::Length));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use dormouse_kernels::PAGE_TOKENS;
+use dormouse_kernels::{PAGE_TOKENS, PagePtr};
 
 use crate::pool::PagePool;
 use crate::{KvError, bytes};
@@ -49,13 +49,14 @@ impl BlockTable {
 }
 
 impl PagePool {
-    /// Clears `pointers` and fills it with the addresses of the table's pages in order, reserved ones included. Each
-    /// is valid for `PageLayout::page_bytes` bytes while the pool lives. Only positions that [`PagePool::reserve`]
-    /// made writable for this table may be written.
-    pub fn page_ptrs(&self, table: &BlockTable, pointers: &mut Vec<*mut u8>) {
+    /// Adds the addresses of the table's pages to `pointers`, in order, reserved ones included. They are valid while
+    /// the pool lives. Only positions that [`PagePool::reserve`] made writable for this table may be written.
+    pub fn page_ptrs(&self, table: &BlockTable, pointers: &mut Vec<PagePtr>) {
         table.check();
-        pointers.clear();
-        pointers.extend(table.nodes.iter().chain(&table.blanks).map(|slot| self.file.slot_ptr(*slot)));
+        // SAFETY: a mapped slot holds `page_bytes` aligned bytes and never moves; positions that others may read are
+        // never made writable for a table, and a table has one owner.
+        let pointer = |slot: &u32| unsafe { PagePtr::new(self.file.slot_ptr(*slot)) };
+        pointers.extend(table.nodes.iter().chain(&table.blanks).map(pointer));
     }
 
     /// Makes positions `len..len + more` writable for this table alone. A last page that others may use, or that

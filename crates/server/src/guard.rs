@@ -123,7 +123,8 @@ fn in_one_shape(response: Response) -> Response {
         return response;
     }
     let reason = status.canonical_reason().unwrap_or("error");
-    ApiError::new(status, None, format!("the request could not be understood: {reason}")).into_response()
+    ApiError::new(status, None, format!("the request's address or head could not be understood: {reason}"))
+        .into_response()
 }
 
 fn with_request_id(mut response: Response) -> Response {

@@ -15,6 +15,9 @@ use tokio::task::JoinSet;
 
 /// A client has this long to send its request's head; idle connections are closed after as long.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// A client that takes nothing of its answer for this long is cut off, and with it what the answer holds.
+#[cfg(target_os = "linux")]
+const STALL_TIMEOUT_MS: u32 = 60_000;
 /// Connections beyond these wait to be accepted.
 const MOST_CONNECTIONS: usize = 1024;
 /// When the server stops, answers that are on their way have this long to end.
@@ -80,9 +83,8 @@ async fn accept(listener: &TcpListener, slots: &Arc<Semaphore>) -> io::Result<Op
     let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
     match listener.accept().await {
         Ok((stream, _)) => {
-            // Tokens are small writes that should leave at once.
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "a connection keeps Nagle's delay");
+            if let Err(error) = tune(&stream) {
+                tracing::debug!(%error, "a connection keeps the system's settings");
             }
             Ok(Some((stream, slot)))
         }
@@ -92,6 +94,14 @@ async fn accept(listener: &TcpListener, slots: &Arc<Semaphore>) -> io::Result<Op
             Ok(None)
         }
     }
+}
+
+fn tune(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    // Tokens are small writes that should leave at once.
+    stream.set_nodelay(true)?;
+    #[cfg(target_os = "linux")]
+    rustix::net::sockopt::set_tcp_user_timeout(stream, STALL_TIMEOUT_MS)?;
+    Ok(())
 }
 
 #[cfg(test)]

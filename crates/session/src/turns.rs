@@ -297,13 +297,7 @@ impl Plan {
         Ok(Plan { engine, settings, change, record, messages, log, covered, starts, model_changed })
     }
 
-    fn into_run(
-        self,
-        tenant: &Tenant,
-        fence: u64,
-        claim: Option<u32>,
-        start: Start,
-    ) -> Run {
+    fn into_run(self, tenant: &Tenant, fence: u64, claim: Option<u32>, start: Start) -> Run {
         let mut chain = root_chain(tenant, &self.engine, &self.settings);
         for message in &self.messages {
             chain.add(message);

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,7 @@ impl DirectoryLock {
     pub(crate) fn take(directory: &Path) -> Result<DirectoryLock, StoreError> {
         let path = directory.join(LOCK_NAME);
         let mut file = open(&path)?;
-        match file.try_lock() {
+        match try_for_a_moment(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let holder = read(&mut file);
@@ -54,6 +55,17 @@ impl DirectoryLock {
             .and_then(|_| self.file.write_all(text.as_bytes()));
         written.map_err(|why| StoreError::file("cannot write", Path::new(LOCK_NAME), why))
     }
+}
+
+/// Someone who only asks for the holder has the lock for an instant.
+fn try_for_a_moment(file: &File) -> Result<(), TryLockError> {
+    for _ in 0..10 {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            result => return result,
+        }
+    }
+    file.try_lock()
 }
 
 /// The live process that owns `directory`, if one does.

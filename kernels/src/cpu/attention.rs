@@ -279,13 +279,23 @@ fn page_softmax<L: Lanes>(
 ) {
     let stride = query.len();
     let mut scores = [f32::NEG_INFINITY; PAGE_TOKENS];
-    for (position, score) in scores.iter_mut().enumerate().take(to).skip(from) {
-        let key = &keys[position * stride..][..stride];
-        let mut dot = L::zero();
-        for at in (0..stride).step_by(LANES) {
-            dot = L::load(sixteen(query, at)).mul_add(L::load(sixteen(key, at)), dot);
+    let wanted = &mut scores[from..to];
+    let keys = &keys[from * stride..to * stride];
+    match stride / LANES {
+        4 => dots::<L, 4>(query, keys, wanted),
+        5 => dots::<L, 5>(query, keys, wanted),
+        6 => dots::<L, 6>(query, keys, wanted),
+        8 => dots::<L, 8>(query, keys, wanted),
+        16 => dots::<L, 16>(query, keys, wanted),
+        _ => {
+            for (key, score) in keys.chunks_exact(stride).zip(wanted) {
+                let mut dot = L::zero();
+                for at in (0..stride).step_by(LANES) {
+                    dot = L::load(sixteen(query, at)).mul_add(L::load(sixteen(key, at)), dot);
+                }
+                *score = dot.sum();
+            }
         }
-        *score = dot.sum();
     }
     let mut largest = L::splat(*maximum);
     for at in (0..PAGE_TOKENS).step_by(LANES) {
@@ -307,12 +317,71 @@ fn page_softmax<L: Lanes>(
     let keep = if *maximum == f32::NEG_INFINITY { 0.0 } else { (*maximum - largest).exp() };
     *maximum = largest;
     *sum = *sum * keep + added.sum();
-    for at in (0..stride).step_by(LANES) {
-        let mut total = L::load(sixteen(out, at)).mul(L::splat(keep));
-        for (position, weight) in scores.iter().enumerate().take(to).skip(from) {
-            total = L::splat(*weight).mul_add(L::load(sixteen(values, position * stride + at)), total);
+    let weights = &scores[from..to];
+    let values = &values[from * stride..to * stride];
+    let mut at = 0;
+    while at + 4 * LANES <= stride {
+        weighted_sum::<L, 4>(weights, values, stride, at, keep, out);
+        at += 4 * LANES;
+    }
+    while at < stride {
+        weighted_sum::<L, 1>(weights, values, stride, at, keep, out);
+        at += LANES;
+    }
+}
+
+/// The query's dot product with every key, for heads of `N × 16` values: the general loop of [`page_softmax`] with
+/// the query in registers and four sums taken at once.
+#[inline(always)]
+fn dots<L: Lanes, const N: usize>(query: &[f32], keys: &[f32], scores: &mut [f32]) {
+    let stride = N * LANES;
+    let mut q = [L::zero(); N];
+    for n in 0..N {
+        q[n] = L::load(sixteen(query, n * LANES));
+    }
+    let (fours, rest) = scores.as_chunks_mut::<4>();
+    let (key_fours, key_rest) = keys.split_at(fours.len() * 4 * stride);
+    for (keys, scores) in key_fours.chunks_exact(4 * stride).zip(fours) {
+        let mut dot = [L::zero(); 4];
+        for n in 0..N {
+            for i in 0..4 {
+                dot[i] = q[n].mul_add(L::load(sixteen(keys, i * stride + n * LANES)), dot[i]);
+            }
         }
-        total.store(sixteen_mut(out, at));
+        *scores = L::sum4(dot);
+    }
+    for (key, score) in key_rest.chunks_exact(stride).zip(rest) {
+        let mut dot = L::zero();
+        for n in 0..N {
+            dot = q[n].mul_add(L::load(sixteen(key, n * LANES)), dot);
+        }
+        *score = dot.sum();
+    }
+}
+
+/// `out = out · keep + Σ weights[p] · values[p]` on `N × 16` values from `at` on: as many independent chains of
+/// additions as hide their latency.
+#[inline(always)]
+fn weighted_sum<L: Lanes, const N: usize>(
+    weights: &[f32],
+    values: &[f32],
+    stride: usize,
+    at: usize,
+    keep: f32,
+    out: &mut [f32],
+) {
+    let mut total = [L::zero(); N];
+    for n in 0..N {
+        total[n] = L::load(sixteen(out, at + n * LANES)).mul(L::splat(keep));
+    }
+    for (weight, row) in weights.iter().zip(values.chunks_exact(stride)) {
+        let weight = L::splat(*weight);
+        for n in 0..N {
+            total[n] = weight.mul_add(L::load(sixteen(row, at + n * LANES)), total[n]);
+        }
+    }
+    for n in 0..N {
+        total[n].store(sixteen_mut(out, at + n * LANES));
     }
 }
 
@@ -323,7 +392,7 @@ fn widen<L: Lanes>(layout: &PageLayout, bytes: &[u8], stride: usize, out: &mut [
         let out = &mut out[..layout.head_dim];
         match layout.dtype {
             KvDtype::F16 => decode_row::<L>(GgmlType::F16, row, out),
-            KvDtype::Q8_0 if layout.head_dim % 32 == 0 => decode_row::<L>(GgmlType::Q8_0, row, out),
+            KvDtype::Q8_0 if layout.head_dim.is_multiple_of(32) => decode_row::<L>(GgmlType::Q8_0, row, out),
             KvDtype::Q8_0 => {
                 for (block, out) in row.as_chunks::<34>().0.iter().zip(out.chunks_mut(32)) {
                     let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
@@ -433,11 +502,11 @@ mod tests {
 
     #[test]
     fn a_querys_bits_do_not_depend_on_batch_chunk_or_threads() {
-        for dtype in [KvDtype::F16, KvDtype::Q8_0] {
-            let layout = PageLayout { dtype, ..LAYOUT };
+        for (dtype, head_dim) in [(KvDtype::F16, 24), (KvDtype::Q8_0, 24), (KvDtype::F16, 64), (KvDtype::Q8_0, 64)] {
+            let layout = PageLayout { dtype, head_dim, ..LAYOUT };
             let tokens = 1100;
             let pages = pages(&layout, tokens);
-            let width = HEADS * 24;
+            let width = HEADS * head_dim;
             let q = noise(tokens * width, 4);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
                 for window in [None, Some(130)] {

@@ -43,6 +43,12 @@ pub trait Lanes: Copy {
         tree(&lanes, |a, b| a + b)
     }
 
+    /// [`Lanes::sum`] of four at once, the same bits.
+    #[inline(always)]
+    fn sum4(four: [Self; 4]) -> [f32; 4] {
+        [four[0].sum(), four[1].sum(), four[2].sum(), four[3].sum()]
+    }
+
     /// The largest lane.
     #[inline(always)]
     fn largest(self) -> f32 {
@@ -344,6 +350,29 @@ mod x86 {
                 let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
                 _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
             }
+        }
+        #[inline(always)]
+        fn sum4(four: [Self; 4]) -> [f32; 4] {
+            let mut sums = [0.0; 4];
+            intrinsic! {
+                // Each step of the tree is one addition for two or four of the sums.
+                let [a, b, c, d] = four;
+                let a = _mm256_add_ps(_mm512_castps512_ps256(a.0), _mm512_extractf32x8_ps::<1>(a.0));
+                let b = _mm256_add_ps(_mm512_castps512_ps256(b.0), _mm512_extractf32x8_ps::<1>(b.0));
+                let c = _mm256_add_ps(_mm512_castps512_ps256(c.0), _mm512_extractf32x8_ps::<1>(c.0));
+                let d = _mm256_add_ps(_mm512_castps512_ps256(d.0), _mm512_extractf32x8_ps::<1>(d.0));
+                let ab = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+                let cd = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
+                let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+                let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+                let two = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+                // Lanes 0, 2, 4 and 6 now hold a, c, b and d.
+                let one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
+                let order = _mm256_setr_epi32(0, 4, 2, 6, 0, 0, 0, 0);
+                let ordered = _mm256_permutevar8x32_ps(one, order);
+                _mm_storeu_ps(sums.as_mut_ptr(), _mm256_castps256_ps128(ordered));
+            }
+            sums
         }
     }
 }

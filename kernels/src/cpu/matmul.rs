@@ -154,7 +154,7 @@ fn tokens_of<L: Lanes, const R: usize>(
     let mut token = 0;
     macro_rules! block {
         ($t:literal) => {
-            while L::BLOCK_TOKENS >= $t && token + $t <= tokens {
+            while L::BLOCK_TOKENS >= $t && tokens - token >= $t {
                 let a: [&[f32]; $t] = std::array::from_fn(|t| &x[(token + t) * cols..][..cols]);
                 for (t, dots) in dot_block::<L, R, $t>(&w, &a, cols).into_iter().enumerate() {
                     for (r, dot) in dots.into_iter().enumerate() {

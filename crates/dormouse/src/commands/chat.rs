@@ -29,8 +29,14 @@ pub async fn chat(config: &Config, arguments: ChatArguments) -> Result<()> {
 
 async fn talk(client: &Client, config: &Config, arguments: &ChatArguments) -> Result<()> {
     let opened = answer::open_session(client, config, arguments.session.as_deref()).await?;
-    let mut chat = Chat { client: client.clone(), answering: arguments.answering.clone(), id: String::new() };
-    chat.enter(&opened)?;
+    let mut chat = Chat {
+        client: client.clone(),
+        answering: arguments.answering.clone(),
+        id: String::new(),
+        name: None,
+    };
+    chat.enter(&opened.session)?;
+    chat.greet(&opened);
     if !opened.is_new {
         chat.restore(&opened.session).await?;
     }
@@ -62,26 +68,35 @@ async fn talk(client: &Client, config: &Config, arguments: &ChatArguments) -> Re
             }
         }
     }
-    let name = arguments.session.as_deref().unwrap_or(&chat.id);
-    eprintln!("{}", dim(&format!("go on with: dormouse chat --session {name}")));
+    eprintln!("{}", dim(&format!("go on with: dormouse chat --session {}", chat.name())));
     Ok(())
 }
 
 struct Chat {
     client: Client,
     answering: Answering,
-    /// The session's id.
+    /// The session's id, and the name that people know it by.
     id: String,
+    name: Option<String>,
 }
 
 impl Chat {
-    fn enter(&mut self, opened: &Opened) -> Result<()> {
-        self.id = opened.session["id"].as_str().context("the server's session has no id")?.to_string();
+    /// The session that is talked in from now on.
+    fn enter(&mut self, session: &Value) -> Result<()> {
+        self.id = session["id"].as_str().context("the server's session has no id")?.to_string();
+        self.name = session["name"].as_str().map(String::from);
+        Ok(())
+    }
+
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.id)
+    }
+
+    fn greet(&self, opened: &Opened) {
         if opened.is_new {
             let model = opened.session["model"].as_str().unwrap_or("the model");
             eprintln!("{}", dim(&format!("new session {} with {model}; /help lists commands", self.id)));
         }
-        Ok(())
     }
 
     /// Makes a session that was there before ready, and shows the rest of an answer that was left unfinished.
@@ -96,7 +111,7 @@ impl Chat {
             "{}",
             dim(&format!(
                 "resumed {}: {} of {} tokens restored in {:.0} ms",
-                session["name"].as_str().unwrap_or(&self.id),
+                self.name(),
                 receipt["restored_tokens"],
                 session["tokens"],
                 receipt["restore_ms"].as_f64().unwrap_or(0.0),
@@ -142,9 +157,11 @@ impl Chat {
                 let name = (!name.is_empty()).then_some(name);
                 let path = ["v1", "sessions", &self.id, "fork"];
                 let fork = self.client.post(&path, &[], &json!({ "name": name })).await?;
-                self.id = fork["id"].as_str().context("the server's session has no id")?.to_string();
-                let place = name.unwrap_or(&self.id);
-                eprintln!("{}", dim(&format!("now in {place}, which shares {} tokens", fork["tokens"])));
+                self.enter(&fork)?;
+                eprintln!(
+                    "{}",
+                    dim(&format!("now in {}, which shares {} tokens", self.name(), fork["tokens"]))
+                );
             }
             ("/rewind", _) => self.rewind().await?,
             ("/events", _) => {

@@ -7,7 +7,7 @@ mod scenarios;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
+use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 use dormouse_store::PageRow;
 use tempfile::TempDir;
 
@@ -124,9 +124,9 @@ fn prefixes(tokens: &[u32]) -> impl Iterator<Item = u64> {
 }
 
 /// The address of a position's row in `run`.
-fn row(pages: &[*mut u8], position: usize, run: usize) -> *mut u64 {
+fn row(pages: &[PagePtr], position: usize, run: usize) -> *mut u64 {
     let offset = run * LAYOUT.head_bytes() + position % PAGE_TOKENS * LAYOUT.row_bytes();
-    pages[position / PAGE_TOKENS].wrapping_add(offset).cast()
+    pages[position / PAGE_TOKENS].as_ptr().wrapping_add(offset).cast()
 }
 
 /// What the forward pass does: reserves, writes and advances until the table holds the KV of `tokens`.

@@ -243,10 +243,10 @@ fn pages_never_move_when_the_file_grows() {
     pool.page_ptrs(&table, &mut before);
     pool.reserve(&mut table, 17_000 * 64).unwrap();
     pool.page_ptrs(&table, &mut after);
-    assert_eq!((before[0], after.len()), (after[0], 17_000));
+    assert_eq!((before[0].as_ptr(), after.len()), (after[0].as_ptr(), 17_000));
     assert_eq!(pool.stats().slots_total, 20_000);
     // SAFETY: the last reserved page is mapped and this table's alone.
-    unsafe { after[16_999].write_bytes(1, LAYOUT.page_bytes()) };
+    unsafe { after[16_999].as_ptr().write_bytes(1, LAYOUT.page_bytes()) };
     pool.release(table);
     check_pool(&pool, &[]);
 }

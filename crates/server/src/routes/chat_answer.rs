@@ -100,7 +100,7 @@ impl Answer {
         logprobs: &[Value],
         finish: Option<&str>,
     ) -> Map<String, Value> {
-        let logprobs = if finish.is_none() { self.logprobs_object(logprobs) } else { Value::Null };
+        let logprobs = if logprobs.is_empty() { Value::Null } else { self.logprobs_object(logprobs) };
         let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
         let mut chunk = self.envelope("chat.completion.chunk", vec![choice]);
         if self.include_usage {
