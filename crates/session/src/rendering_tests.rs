@@ -22,8 +22,8 @@ const DEFAULT_SYSTEM: &str = "{% for m in messages %}{% if loop.first and m.role
      {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// Contents in another spelling: nothing can be told about their places.
-const SHOUTING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}\
-     <|im_start|>assistant\n";
+const SHOUTING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n\
+     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
     let path = std::env::var_os("DORMOUSE_TEST_MODEL").map_or_else(

@@ -87,7 +87,7 @@ async fn a_client_that_sends_its_whole_history_is_restored_from_what_was_sampled
     messages.push(message("assistant", first.output_text.trim()));
     messages.push(message("user", "And a lake?"));
     let (second_session, second) = ask(&messages).await;
-    assert_eq!(second_session, first_session);
+    assert_eq!(second_session, first_session, "{second:?} after {first:?}");
     let receipt = second.dormouse.unwrap();
     assert!(receipt.restored_tokens + 1 >= first.usage.total_tokens, "{receipt:?}");
     assert_eq!(receipt.miss, None);

@@ -107,15 +107,26 @@ async fn create(client: &Client) -> Result<String> {
     Ok(session["id"].as_str().context("the server's session has no id")?.to_string())
 }
 
-/// A text of about `tokens` tokens, after measuring how many tokens a word makes.
+/// A text that makes a prompt of about `tokens` tokens, after measuring how many tokens a word and the chat
+/// template around it make.
 async fn prompt_of(client: &Client, tokens: usize) -> Result<String> {
-    const SAMPLE_WORDS: usize = 200;
-    let session = create(client).await?;
-    let sample = turn(client, &session, &text::words(SAMPLE_WORDS), 1).await?;
-    client.delete(&["v1", "sessions", &session]).await?;
-    let sampled = sample.turn["usage"]["prompt_tokens"].as_u64().filter(|tokens| *tokens > 0);
-    let sampled = sampled.context("the server counted no prompt tokens")? as usize;
-    Ok(text::words((tokens * SAMPLE_WORDS / sampled).max(1)))
+    const FEW_WORDS: usize = 10;
+    const SOME_WORDS: usize = 210;
+    let mut sampled = [0.0; 2];
+    for (words, sampled) in [FEW_WORDS, SOME_WORDS].into_iter().zip(&mut sampled) {
+        let session = create(client).await?;
+        let sample = turn(client, &session, &text::words(words), 1).await?;
+        client.delete(&["v1", "sessions", &session]).await?;
+        let counted = sample.turn["usage"]["prompt_tokens"].as_f64();
+        *sampled = counted.context("the server counted no prompt tokens")?;
+    }
+    let tokens_per_word = (sampled[1] - sampled[0]) / (SOME_WORDS - FEW_WORDS) as f64;
+    let template_tokens = sampled[0] - FEW_WORDS as f64 * tokens_per_word;
+    let words = ((tokens as f64 - template_tokens) / tokens_per_word).round();
+    if !words.is_finite() || words < 1.0 {
+        bail!("a prompt of {tokens} tokens is too short to measure; ask for more with --tokens");
+    }
+    Ok(text::words(words as usize))
 }
 
 /// Runs a turn and measures it.
