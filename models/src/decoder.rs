@@ -174,7 +174,14 @@ impl Decoder {
                     rope::rotate(kind, k, head_dim, cos, sin);
                     let position = sequence.start + row;
                     let page = sequence.pages[position / PAGE_TOKENS];
-                    store_kv(layout, page, index, position % PAGE_TOKENS, k, &work.v[at * kv_width..][..kv_width]);
+                    store_kv(
+                        layout,
+                        page,
+                        index,
+                        position % PAGE_TOKENS,
+                        k,
+                        &work.v[at * kv_width..][..kv_width],
+                    );
                 }
             }
             let attention = Attention {
@@ -185,7 +192,11 @@ impl Decoder {
                 window: config.sliding_window,
             };
             attend(cpu, attention, batch.sequences, &work.q, &mut work.attended);
-            matmul(cpu, &work.attended, [Product { weights: matrix(&layer.attn_output), out: &mut work.delta }]);
+            matmul(
+                cpu,
+                &work.attended,
+                [Product { weights: matrix(&layer.attn_output), out: &mut work.delta }],
+            );
             add(&mut work.x, &work.delta);
 
             // Feed-forward: norm, gate and up, activation, down, add.

@@ -358,7 +358,9 @@ impl<'a> Reader<'a> {
             8 | 10..=12 => 8,
             9 => 12,
             _ => {
-                return Err(self.malformed(format!("'{key}' is an array of the unknown value type {element}")));
+                return Err(
+                    self.malformed(format!("'{key}' is an array of the unknown value type {element}"))
+                );
             }
         };
         let count = self.count(key, size)?;

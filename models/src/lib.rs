@@ -3,8 +3,8 @@
 pub mod catalog;
 pub mod chat_template;
 pub mod config;
-pub mod detokenize;
 pub mod decoder;
+pub mod detokenize;
 pub mod error;
 pub mod gguf;
 pub mod model;
@@ -29,9 +29,7 @@ pub type TokenId = u32;
 #[cfg(test)]
 pub(crate) fn test_model() -> std::path::PathBuf {
     let path = std::env::var_os("DORMOUSE_TEST_MODEL").map_or_else(
-        || {
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("weights/SmolLM2-135M-Instruct.Q4_1.gguf")
-        },
+        || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("weights/SmolLM2-135M-Instruct.Q4_1.gguf"),
         std::path::PathBuf::from,
     );
     assert!(path.exists(), "{} is missing: run scripts/fetch_weights", path.display());

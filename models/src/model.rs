@@ -142,7 +142,8 @@ pub fn hash_weights(path: &Path) -> Result<[u8; 32], ModelError> {
     let mut files = vec![path.to_owned()];
     if path.is_dir() {
         let entries = std::fs::read_dir(path).map_err(io(path))?;
-        files = entries.map(|entry| Ok(entry.map_err(io(path))?.path())).collect::<Result<_, ModelError>>()?;
+        files =
+            entries.map(|entry| Ok(entry.map_err(io(path))?.path())).collect::<Result<_, ModelError>>()?;
         files.retain(|file| file.extension().is_some_and(|kind| kind == "safetensors" || kind == "json"));
         files.sort();
     }

@@ -67,7 +67,8 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
     let tensors: HashMap<String, Candle> = (0..config.layers)
         .flat_map(|layer| {
             use Role::*;
-            [AttnNorm, AttnQ, AttnK, AttnV, AttnOutput, FfnNorm, FfnGate, FfnUp, FfnDown].map(|role| (layer, role))
+            [AttnNorm, AttnQ, AttnK, AttnV, AttnOutput, FfnNorm, FfnGate, FfnUp, FfnDown]
+                .map(|role| (layer, role))
         })
         .chain([(0, Role::TokenEmbedding), (0, Role::OutputNorm)])
         .map(|(layer, role)| {
@@ -84,7 +85,10 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
                 }
             }
             let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
-            (NameScheme::HuggingFace.name(layer, role), Candle::from_vec(values, shape, &Device::Cpu).unwrap())
+            (
+                NameScheme::HuggingFace.name(layer, role),
+                Candle::from_vec(values, shape, &Device::Cpu).unwrap(),
+            )
         })
         .collect();
     let candle_config = Config {
@@ -108,7 +112,8 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
     let tokens = prompt(150);
     let mut cache = Cache::new(false, DType::F32, &candle_config, &Device::Cpu).unwrap();
     let input = Candle::new(tokens.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let expected: Vec<f32> = llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
+    let expected: Vec<f32> =
+        llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
 
     let cpu = Cpu::new(2).unwrap();
     let mut rig = Rig::new(KvDtype::F16, 192);

@@ -121,8 +121,10 @@ fn open_pages(
         Identity { fingerprint: model.fingerprint(), tenant_salt: tenant_salt(&config.pages_dir())? };
     let layout = *model.layout();
     let name: String = identity.fingerprint[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    let path = config.pages_dir().join(format!("{name}.pages"));
-    let file = store.page_file(&path, identity.fingerprint, TENANT, &describe_layout(&layout))?;
+    let name = format!("{name}.pages");
+    let path = config.pages_dir().join(&name);
+    // Named without its folder, so that a data directory can be moved or copied.
+    let file = store.page_file(Path::new(&name), identity.fingerprint, TENANT, &describe_layout(&layout))?;
     let limits = Limits { quota_bytes: quota.0 };
     if !path.exists() {
         // Rows without their file name nothing; a new file must not be read through them.

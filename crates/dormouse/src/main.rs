@@ -14,6 +14,7 @@ mod server;
 mod sizes;
 mod weights;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -74,5 +75,6 @@ fn log_to_stderr(cli: &Cli) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("DORMOUSE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     if cli.json { log.json().init() } else { log.with_target(false).init() }
 }

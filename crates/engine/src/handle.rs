@@ -48,12 +48,14 @@ impl Engine {
         let persister = Persister::start(store, durability, commands.clone())?;
         let engine = Engine { model, page_file, commands, trouble };
         let (model, trouble) = (Arc::clone(&engine.model), Arc::clone(&engine.trouble));
-        std::thread::Builder::new().name(format!("dormouse-engine-{}", engine.model.name)).spawn(move || {
-            let notice = Notice(Arc::clone(&trouble));
-            let state = State::default();
-            Worker { model, cpu, pool, page_file, persister, commands: inbox, trouble, state }.run();
-            drop(notice);
-        })?;
+        std::thread::Builder::new().name(format!("dormouse-engine-{}", engine.model.name)).spawn(
+            move || {
+                let notice = Notice(Arc::clone(&trouble));
+                let state = State::default();
+                Worker { model, cpu, pool, page_file, persister, commands: inbox, trouble, state }.run();
+                drop(notice);
+            },
+        )?;
         Ok(engine)
     }
 

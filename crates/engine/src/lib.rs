@@ -12,7 +12,8 @@ mod turn;
 mod worker;
 
 pub use api::{
-    EngineError, Event, Finish, FinishReason, Miss, Priority, Receipt, Tier, TokenLogprob, TokenOutput, TurnSpec,
+    EngineError, Event, Finish, FinishReason, Miss, Priority, Receipt, Tier, TokenLogprob, TokenOutput,
+    TurnSpec,
 };
 pub use handle::{Claim, Engine};
 pub use output_text::OutputText;

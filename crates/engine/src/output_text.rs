@@ -48,10 +48,7 @@ impl OutputText {
 
 /// Bytes of the longest proper beginning of `stop` that `text` ends with.
 fn overlap(text: &str, stop: &str) -> usize {
-    (1..stop.len())
-        .rev()
-        .find(|n| stop.is_char_boundary(*n) && text.ends_with(&stop[..*n]))
-        .unwrap_or(0)
+    (1..stop.len()).rev().find(|n| stop.is_char_boundary(*n) && text.ends_with(&stop[..*n])).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
 use dormouse_kv::{Durability, SyncRange, Ticket};
-use dormouse_store::{Store, StoreError, StepCommit};
+use dormouse_store::{StepCommit, Store, StoreError};
 
 use crate::EngineError;
 use crate::worker::Command;

@@ -90,7 +90,11 @@ impl Sampling {
         if self.uses_history() {
             for (token, seen) in &history.seen {
                 let Some(logit) = logits.get_mut(*token as usize) else { continue };
-                *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+                *logit = if *logit > 0.0 {
+                    *logit / self.repetition_penalty
+                } else {
+                    *logit * self.repetition_penalty
+                };
                 if seen.in_output > 0 {
                     *logit -= self.presence_penalty + self.frequency_penalty * seen.in_output as f32;
                 }
@@ -106,8 +110,12 @@ impl Sampling {
     fn draw(&self, logits: &[f32], largest: f32, uniform: f64) -> u32 {
         let inverse = 1.0 / f64::from(self.temperature);
         let weight = |logit: f32| (f64::from(logit - largest) * inverse).exp();
-        let mut kept: Vec<(f64, u32)> =
-            logits.iter().zip(0..).map(|(logit, token)| (weight(*logit), token)).filter(|(w, _)| *w > 0.0).collect();
+        let mut kept: Vec<(f64, u32)> = logits
+            .iter()
+            .zip(0..)
+            .map(|(logit, token)| (weight(*logit), token))
+            .filter(|(w, _)| *w > 0.0)
+            .collect();
         let likelier = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         if self.top_k > 0 && (self.top_k as usize) < kept.len() {
             kept.select_nth_unstable_by(self.top_k as usize - 1, likelier);
@@ -117,7 +125,14 @@ impl Sampling {
             kept.sort_unstable_by(likelier);
             let enough = kept.iter().map(|(w, _)| w).sum::<f64>() * f64::from(self.top_p);
             let mut sum = 0.0;
-            let count = kept.iter().take_while(|(w, _)| { let more = sum < enough; sum += w; more }).count();
+            let count = kept
+                .iter()
+                .take_while(|(w, _)| {
+                    let more = sum < enough;
+                    sum += w;
+                    more
+                })
+                .count();
             kept.truncate(count.max(1));
         }
         kept.retain(|(w, _)| *w >= f64::from(self.min_p));
@@ -147,7 +162,10 @@ pub fn logprobs(logits: &[f32], chosen: u32, top: usize) -> TokenLogprob {
     }
     best.truncate(top);
     best.sort_unstable_by(likelier);
-    TokenLogprob { logprob: logprob(chosen), top: best.into_iter().map(|token| (token, logprob(token))).collect() }
+    TokenLogprob {
+        logprob: logprob(chosen),
+        top: best.into_iter().map(|token| (token, logprob(token))).collect(),
+    }
 }
 
 fn argmax(logits: &[f32]) -> u32 {

@@ -7,7 +7,9 @@ use dormouse_models::{Model, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::sampling::History;
-use crate::{EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec};
+use crate::{
+    EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
+};
 
 /// A turn that was submitted and has no pages yet.
 pub struct Waiting {
@@ -49,7 +51,8 @@ impl Turn {
     pub fn new(model: &Model, waiting: Waiting, table: BlockTable, receipt: Receipt) -> Turn {
         let Waiting { spec, events, since } = waiting;
         let (prompt, output) = spec.log.split_at(spec.output_start);
-        let history = if spec.sampling.uses_history() { History::new(prompt, output) } else { History::default() };
+        let history =
+            if spec.sampling.uses_history() { History::new(prompt, output) } else { History::default() };
         let mut turn = Turn {
             log: prompt.to_vec(),
             durable: spec.log.len(),

@@ -127,7 +127,8 @@ impl Worker {
     fn has_work(&self) -> bool {
         let state = &self.state;
         let computes = |turn: &Turn| turn.ending.is_none() || turn.in_flight.is_none();
-        let waits_for_room = state.removals_in_flight && state.running.iter().all(|turn| turn.ending.is_none());
+        let waits_for_room =
+            state.removals_in_flight && state.running.iter().all(|turn| turn.ending.is_none());
         (state.running.iter().any(computes) && !(waits_for_room && state.running.len() <= 1))
             || (!state.queue.is_empty() && state.running.len() < RUNNING_MOST)
             || (state.stopping.is_some() && state.running.is_empty())
@@ -142,7 +143,8 @@ impl Worker {
                     return;
                 }
                 let waiting = Waiting { spec: *spec, events, since };
-                let after = self.state.queue.iter().rposition(|other| other.spec.priority >= waiting.spec.priority);
+                let after =
+                    self.state.queue.iter().rposition(|other| other.spec.priority >= waiting.spec.priority);
                 self.state.queue.insert(after.map_or(0, |at| at + 1), waiting);
             }
             Command::Cancel(id) => self.cancel(&id),
@@ -154,7 +156,14 @@ impl Worker {
                 let _ = answer.send(self.pool.park(&log));
             }
             Command::Resume { log, dry_run, answer } => {
-                let _ = answer.send(if dry_run { self.estimate(&log) } else { self.restore(&log).1 });
+                let receipt = if dry_run {
+                    self.estimate(&log)
+                } else {
+                    let (table, receipt) = self.restore(&log);
+                    self.pool.release(table);
+                    receipt
+                };
+                let _ = answer.send(receipt);
             }
             Command::Stats(answer) => {
                 let state = &self.state;
@@ -187,7 +196,8 @@ impl Worker {
             && let Some(waiting) = self.state.queue.remove(at)
         {
             // It never ran: it ends with what its log already held.
-            let receipt = Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
+            let receipt =
+                Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
             let (table, _) = self.restore(&[]);
             let mut turn = Turn::new(&self.model, waiting, table, receipt);
             turn.end(Ending::Finish(FinishReason::Cancelled));
@@ -218,7 +228,7 @@ impl Worker {
         }
     }
 
-    /// Maps and checks the pages of this log; the table is released again unless the caller keeps it.
+    /// Maps and checks the pages of this log. The table's pages stay pinned until the caller releases it.
     fn restore(&mut self, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
         let begun = Instant::now();
         let attached = self.pool.attach(log);
@@ -228,8 +238,11 @@ impl Worker {
             restore_ms: begun.elapsed().as_secs_f64() * 1e3,
             bytes_read: attached.bytes_read,
             exact: true,
-            miss: (!attached.damaged.is_empty())
-                .then(|| Miss { reason: "page_damaged".into(), at_token: attached.restored, at_message: None }),
+            miss: (!attached.damaged.is_empty()).then(|| Miss {
+                reason: "page_damaged".into(),
+                at_token: attached.restored,
+                at_message: None,
+            }),
             ..Receipt::default()
         };
         (attached.table, receipt)
@@ -241,7 +254,8 @@ impl Worker {
             let Some(waiting) = self.state.queue.pop_front() else { return };
             let spec = &waiting.spec;
             if spec.log.is_empty() || spec.log.len() > self.model.context() {
-                let error = EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
+                let error =
+                    EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
                 let _ = waiting.events.send(Event::Failed(error));
                 continue;
             }
@@ -276,7 +290,8 @@ impl Worker {
     fn schedule(&mut self) -> Vec<Slice> {
         let count = self.state.running.len();
         let mut step = Vec::with_capacity(count);
-        let decoding = self.state.running.iter().filter(|turn| turn.ending.is_none() && turn.pending() == 1).count();
+        let decoding =
+            self.state.running.iter().filter(|turn| turn.ending.is_none() && turn.pending() == 1).count();
         let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
         let mut left = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST).saturating_sub(decoding).max(1);
         let first = self.state.next_prefill;
@@ -401,9 +416,11 @@ impl Worker {
             let gained = turn.log.len() > turn.durable || turn.table.len() > turn.named;
             let due = turn.ending.is_some()
                 || turn.log.len() - turn.durable >= COMMIT_TOKENS
-                || turn.table.len() / dormouse_kernels::PAGE_TOKENS > turn.named / dormouse_kernels::PAGE_TOKENS
+                || turn.table.len() / dormouse_kernels::PAGE_TOKENS
+                    > turn.named / dormouse_kernels::PAGE_TOKENS
                 || turn.last_commit.elapsed() >= COMMIT_INTERVAL;
-            let writable = !matches!(turn.ending, Some(Ending::Fail(EngineError::Storage(_) | EngineError::LeaseLost)));
+            let writable =
+                !matches!(turn.ending, Some(Ending::Fail(EngineError::Storage(_) | EngineError::LeaseLost)));
             if turn.in_flight.is_none() && gained && due && writable {
                 self.commit(index);
             }

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::api::*;
 use crate::records::{self, Settings, decode, encode, new_event};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, detached};
 use crate::{cut, ids};
 
 impl Runtime {
@@ -33,6 +33,16 @@ impl Runtime {
     }
 
     pub(crate) async fn branch(
+        &self,
+        tenant: &Tenant,
+        branch: Branch,
+        began: Instant,
+    ) -> Result<(Session, Receipt), SessionError> {
+        let (runtime, tenant) = (self.clone(), tenant.clone());
+        detached(async move { runtime.branch_now(&tenant, branch, began).await }).await
+    }
+
+    async fn branch_now(
         &self,
         tenant: &Tenant,
         branch: Branch,
@@ -77,8 +87,13 @@ impl Runtime {
 
     /// Forgets what came after `to`; the event log stays and says so. A busy session is not rewound.
     pub async fn rewind(&self, tenant: &Tenant, session: &str, to: Place) -> Result<Session, SessionError> {
-        let _alive = self.inner.keep_alive()?;
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
+        let runtime = self.clone();
+        detached(async move { runtime.rewind_now(id, to).await }).await
+    }
+
+    async fn rewind_now(&self, id: String, to: Place) -> Result<Session, SessionError> {
+        let _alive = self.inner.keep_alive()?;
         let (history, mut log) = self.inner.store.conversation(&id).await?;
         if let Some(turn) = history.session.active_turn {
             return Err(SessionError::Busy { session: id, turn });

@@ -11,8 +11,8 @@ use crate::api::*;
 use crate::branches::Branch;
 use crate::hub::Hub;
 use crate::records::{Settings, decode};
-use crate::runtime::Runtime;
-use crate::turns::{Start, root_chain, stream};
+use crate::runtime::{Runtime, detached};
+use crate::turns::{Start, root_chain};
 use crate::{cut, ids};
 
 /// Where a conversation goes on.
@@ -38,7 +38,10 @@ impl Runtime {
         }
         match request.session.clone() {
             Some(session) => Ok(vec![self.chat_in(tenant, &session, request).await?]),
-            None => self.chat_whole(tenant, request).await,
+            None => {
+                let (runtime, tenant) = (self.clone(), tenant.clone());
+                detached(async move { runtime.chat_whole(&tenant, request).await }).await
+            }
         }
     }
 
@@ -66,8 +69,7 @@ impl Runtime {
             }
             Err(why) => return Err(why),
         };
-        let hub = self.begin(tenant, &id, Start::new(request.messages, request.generation)).await?;
-        Ok(stream(&hub, None))
+        Ok(self.begin(tenant, &id, Start::new(request.messages, request.generation)).await?.1)
     }
 
     async fn chat_whole(
@@ -112,15 +114,11 @@ impl Runtime {
         store: bool,
         start: Start,
     ) -> Result<(Arc<Hub>, TurnStream), SessionError> {
-        let follow = |hub: Arc<Hub>| {
-            let events = stream(&hub, None);
-            (hub, events)
-        };
         if let Some(base) = base.as_ref().filter(|base| base.continuable && choice == 0 && store) {
             match self.begin(tenant, &base.session, start.clone()).await {
                 // Another request was faster: part from it.
                 Err(SessionError::Busy { .. } | SessionError::SessionNotFound(_)) => {}
-                begun => return begun.map(follow),
+                begun => return begun,
             }
         }
         let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
@@ -129,7 +127,7 @@ impl Runtime {
             None => self.insert(tenant, None, settings, expires_ms, true).await?.id,
         };
         match self.begin(tenant, &session, start).await {
-            Ok(hub) => Ok(follow(hub)),
+            Ok(begun) => Ok(begun),
             Err(why) => {
                 // Nobody knows the session yet, so it must not stay.
                 if let Err(left) = self.delete_by_id(&session).await {

@@ -24,6 +24,8 @@ struct State {
     events: Vec<TurnEvent>,
     followers: Vec<mpsc::UnboundedSender<TurnEvent>>,
     over: bool,
+    /// Someone has listened; before that nobody can have left.
+    followed: bool,
 }
 
 impl Hub {
@@ -83,6 +85,7 @@ impl Hub {
                 follower.send(event.clone()).ok();
             }
         }
+        state.followed = true;
         if !state.over {
             state.followers.push(follower);
         }
@@ -93,7 +96,7 @@ impl Hub {
     pub fn is_left(&self) -> bool {
         let mut state = self.state();
         state.followers.retain(|follower| !follower.is_closed());
-        !state.over && state.followers.is_empty()
+        state.followed && !state.over && state.followers.is_empty()
     }
 
     pub fn cancel(&self) {
@@ -156,6 +159,7 @@ mod tests {
     #[test]
     fn a_hub_is_left_when_its_last_follower_is_gone() {
         let hub = Hub::new("s", "t", true);
+        assert!(!hub.is_left());
         let (one, two) = (hub.follow(None), hub.follow(None));
         drop(one);
         assert!(!hub.is_left());

@@ -102,8 +102,8 @@ fn ranges_end_after_the_mark_that_closes_a_message() {
         prompt.tokens.iter().enumerate().filter(|(_, id)| **id == end).map(|(at, _)| at + 1).collect();
     assert_eq!(prompt.ranges[..2], [(0, marks[0]), (marks[0], marks[1])]);
     let prompt = plan(DEFAULT_SYSTEM, &[], &[message("user", "hi")], &[]);
-    let marks = prompt.tokens.iter().enumerate().filter(|(_, id)| **id == end).map(|(at, _)| at + 1);
-    assert_eq!(prompt.ranges, [(0, marks.last().unwrap())]);
+    let mut marks = prompt.tokens.iter().enumerate().filter(|(_, id)| **id == end).map(|(at, _)| at + 1);
+    assert_eq!(prompt.ranges, [(0, marks.next_back().unwrap())]);
 }
 
 #[test]

@@ -51,6 +51,15 @@ pub(crate) struct Inner {
     ended: tokio::sync::Mutex<mpsc::Receiver<()>>,
 }
 
+/// Runs `work` to its end even if its caller goes away in the middle: a client that leaves must not leave a lease
+/// taken, or a claim without its session, behind.
+pub(crate) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, SessionError>> + Send + 'static,
+) -> Result<T, SessionError> {
+    let done = tokio::spawn(work).await;
+    done.map_err(|why| SessionError::Internal(format!("the operation did not end: {why}")))?
+}
+
 /// None of these maps is left half changed by a panic.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

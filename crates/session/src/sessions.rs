@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::api::*;
 use crate::ids;
 use crate::records::{self, Settings, decode, encode, new_event};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, detached};
 
 impl Runtime {
     pub async fn create(&self, tenant: &Tenant, request: CreateSession) -> Result<Session, SessionError> {
@@ -91,12 +91,16 @@ impl Runtime {
     }
 
     pub(crate) async fn delete_by_id(&self, id: &str) -> Result<(), SessionError> {
-        let row = self.inner.store.delete_session(id).await?;
-        if let Some(engine) = self.inner.engine_of_file(row.page_file) {
-            engine.unclaim(row.leaf_slot, true).await;
-        }
-        self.inner.forget_watchers(id);
-        Ok(())
+        let (runtime, id) = (self.clone(), id.to_owned());
+        detached(async move {
+            let row = runtime.inner.store.delete_session(&id).await?;
+            if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
+                engine.unclaim(row.leaf_slot, true).await;
+            }
+            runtime.inner.forget_watchers(&id);
+            Ok(())
+        })
+        .await
     }
 
     pub(crate) fn new_settings(

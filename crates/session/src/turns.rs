@@ -14,7 +14,7 @@ use crate::hub::Hub;
 use crate::ids;
 use crate::records::{self, KnownItem, Settings, TurnRecord, decode, encode, message, new_event};
 use crate::rendering::{Conversation, Prompt, Voice};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, detached};
 
 /// Plans that another writer overtook before the lease was taken; then the session is simply busy.
 const PLANNING_ATTEMPTS: usize = 3;
@@ -55,8 +55,7 @@ impl Runtime {
     ) -> Result<TurnStream, SessionError> {
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
         let start = Start { background: request.background, ..Start::new(request.input, request.generation) };
-        let hub = self.begin(tenant, &id, start).await?;
-        Ok(stream(&hub, None))
+        Ok(self.begin(tenant, &id, start).await?.1)
     }
 
     pub async fn turn(&self, tenant: &Tenant, session: &str, turn: &str) -> Result<Turn, SessionError> {
@@ -141,6 +140,21 @@ impl Runtime {
 
     /// Takes the session's lease, makes the input durable, and hands the turn to its engine.
     pub(crate) async fn begin(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        start: Start,
+    ) -> Result<(Arc<Hub>, TurnStream), SessionError> {
+        let (runtime, tenant, session) = (self.clone(), tenant.clone(), session.to_owned());
+        detached(async move {
+            let hub = runtime.begin_now(&tenant, &session, start).await?;
+            let events = stream(&hub, None);
+            Ok((hub, events))
+        })
+        .await
+    }
+
+    async fn begin_now(
         &self,
         tenant: &Tenant,
         session: &str,

@@ -1,5 +1,7 @@
 //! Turns over a real model: numbering, resumption, interruption.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! Nothing that was acknowledged is lost when the process is killed or a database file is damaged.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Sessions, leases and the page catalog, as their users see them.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::path::Path;

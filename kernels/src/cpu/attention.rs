@@ -95,7 +95,8 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
             // A few rows leave threads idle unless their segments are spread over them.
             let spread = rows * attention.heads < TILE_ROWS * 4;
             for kv_head in 0..layout.kv_heads {
-                let tile = Tile { pages: sequence.pages, row: sequence.first_row + tile, rows, start, kv_head };
+                let tile =
+                    Tile { pages: sequence.pages, row: sequence.first_row + tile, rows, start, kv_head };
                 if spread {
                     tasks.extend(segments.clone().map(|segment| (tile, segment..segment + 1)));
                 } else {
@@ -104,7 +105,8 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
             }
         }
     }
-    let partials: Vec<std::sync::OnceLock<Partial>> = tasks.iter().map(|_| std::sync::OnceLock::new()).collect();
+    let partials: Vec<std::sync::OnceLock<Partial>> =
+        tasks.iter().map(|_| std::sync::OnceLock::new()).collect();
     let isa = cpu.isa;
     cpu.pool.run(tasks.len(), &|index| {
         let (tile, segments) = &tasks[index];
@@ -119,11 +121,14 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
     // Merge the segments of each tile, in order, and normalise.
     let group = attention.heads / layout.kv_heads;
     let head_dim = layout.head_dim;
-    let mut partials = tasks.iter().zip(partials).filter_map(|((tile, _), cell)| Some((tile, cell.into_inner()?)));
+    let mut partials =
+        tasks.iter().zip(partials).filter_map(|((tile, _), cell)| Some((tile, cell.into_inner()?)));
     let mut current = partials.next();
     while let Some((tile, mut sum)) = current {
         current = partials.next();
-        while let Some((_, partial)) = current.take_if(|(next, _)| next.row == tile.row && next.kv_head == tile.kv_head) {
+        while let Some((_, partial)) =
+            current.take_if(|(next, _)| next.row == tile.row && next.kv_head == tile.kv_head)
+        {
             sum.merge(&partial);
             current = partials.next();
         }
@@ -428,7 +433,8 @@ mod tests {
     fn pages(layout: &PageLayout, tokens: usize) -> Pages {
         let mut memory = vec![vec![0u32; layout.page_bytes().div_ceil(4)]; tokens.div_ceil(PAGE_TOKENS)];
         // SAFETY: the vectors are as long as a page and live as long as the table.
-        let table: Vec<PagePtr> = memory.iter_mut().map(|m| unsafe { PagePtr::new(m.as_mut_ptr().cast()) }).collect();
+        let table: Vec<PagePtr> =
+            memory.iter_mut().map(|m| unsafe { PagePtr::new(m.as_mut_ptr().cast()) }).collect();
         let width = layout.kv_heads * layout.head_dim;
         let (k, v) = (noise(tokens * width, 1), noise(tokens * width, 2));
         for p in 0..tokens {
@@ -444,8 +450,15 @@ mod tests {
         Attention { layout, layer: 1, heads: HEADS, scale: 0.2, window }
     }
 
-    fn exact(pages: &Pages, layout: &PageLayout, q: &[f32], position: usize, window: Option<usize>) -> Vec<f64> {
-        let (hd, group, width) = (layout.head_dim, HEADS / layout.kv_heads, layout.kv_heads * layout.head_dim);
+    fn exact(
+        pages: &Pages,
+        layout: &PageLayout,
+        q: &[f32],
+        position: usize,
+        window: Option<usize>,
+    ) -> Vec<f64> {
+        let (hd, group, width) =
+            (layout.head_dim, HEADS / layout.kv_heads, layout.kv_heads * layout.head_dim);
         let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
         let round = |x: f32| f64::from(f16::from_f32(x).to_f32());
         (0..HEADS)
@@ -453,8 +466,9 @@ mod tests {
                 let kv = head / group * hd;
                 let scores: Vec<f64> = (first..=position)
                     .map(|p| {
-                        let dot: f64 =
-                            (0..hd).map(|d| f64::from(q[head * hd + d]) * round(pages.k[p * width + kv + d])).sum();
+                        let dot: f64 = (0..hd)
+                            .map(|d| f64::from(q[head * hd + d]) * round(pages.k[p * width + kv + d]))
+                            .sum();
                         dot * 0.2
                     })
                     .collect();
@@ -484,7 +498,9 @@ mod tests {
         let tokens = 1200;
         let pages = pages(&LAYOUT, tokens);
         for cpu in cpus() {
-            for (window, start, rows) in [(None, 0, 70), (None, 1199, 1), (Some(100), 600, 33), (Some(1), 64, 2)] {
+            for (window, start, rows) in
+                [(None, 0, 70), (None, 1199, 1), (Some(100), 600, 33), (Some(1), 64, 2)]
+            {
                 let q = noise(rows * HEADS * 24, 9);
                 let mut out = vec![0.0; q.len()];
                 let sequence = Sequence { pages: &pages.table, first_row: 0, rows, start };
@@ -493,7 +509,11 @@ mod tests {
                     let width = HEADS * 24;
                     let expected = exact(&pages, &LAYOUT, &q[row * width..][..width], start + row, window);
                     for (got, want) in out[row * width..][..width].iter().zip(expected) {
-                        assert!((f64::from(*got) - want).abs() < 2e-6, "{got} for {want} on {}", cpu.isa.name());
+                        assert!(
+                            (f64::from(*got) - want).abs() < 2e-6,
+                            "{got} for {want} on {}",
+                            cpu.isa.name()
+                        );
                     }
                 }
             }
@@ -502,7 +522,9 @@ mod tests {
 
     #[test]
     fn a_querys_bits_do_not_depend_on_batch_chunk_or_threads() {
-        for (dtype, head_dim) in [(KvDtype::F16, 24), (KvDtype::Q8_0, 24), (KvDtype::F16, 64), (KvDtype::Q8_0, 64)] {
+        for (dtype, head_dim) in
+            [(KvDtype::F16, 24), (KvDtype::Q8_0, 24), (KvDtype::F16, 64), (KvDtype::Q8_0, 64)]
+        {
             let layout = PageLayout { dtype, head_dim, ..LAYOUT };
             let tokens = 1100;
             let pages = pages(&layout, tokens);
@@ -510,22 +532,27 @@ mod tests {
             let q = noise(tokens * width, 4);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
                 for window in [None, Some(130)] {
-                    let chunked = |threads: usize, chunk: usize, positions: std::ops::Range<usize>| -> Vec<u32> {
-                        let cpu = Cpu { isa, pool: Pool::new(threads) };
-                        let mut bits = Vec::new();
-                        for start in positions.clone().step_by(chunk) {
-                            let rows = chunk.min(positions.end - start);
-                            let mut out = vec![0.0; rows * width];
-                            let sequence = Sequence { pages: &pages.table, first_row: 0, rows, start };
-                            let q = &q[start * width..][..rows * width];
-                            attend(&cpu, attention(layout, window), &[sequence], q, &mut out);
-                            bits.extend(out.iter().map(|v| v.to_bits()));
-                        }
-                        bits
-                    };
+                    let chunked =
+                        |threads: usize, chunk: usize, positions: std::ops::Range<usize>| -> Vec<u32> {
+                            let cpu = Cpu { isa, pool: Pool::new(threads) };
+                            let mut bits = Vec::new();
+                            for start in positions.clone().step_by(chunk) {
+                                let rows = chunk.min(positions.end - start);
+                                let mut out = vec![0.0; rows * width];
+                                let sequence = Sequence { pages: &pages.table, first_row: 0, rows, start };
+                                let q = &q[start * width..][..rows * width];
+                                attend(&cpu, attention(layout, window), &[sequence], q, &mut out);
+                                bits.extend(out.iter().map(|v| v.to_bits()));
+                            }
+                            bits
+                        };
                     let whole = chunked(3, tokens, 0..tokens);
                     assert!(whole == chunked(1, 77, 0..tokens), "{} {window:?}", isa.name());
-                    assert!(whole[1000 * width..] == chunked(2, 1, 1000..tokens), "{} {window:?}", isa.name());
+                    assert!(
+                        whole[1000 * width..] == chunked(2, 1, 1000..tokens),
+                        "{} {window:?}",
+                        isa.name()
+                    );
                 }
             }
         }

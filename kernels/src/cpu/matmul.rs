@@ -113,7 +113,8 @@ fn product_rows<L: Lanes>(
         for (i, decoded) in scratch.chunks_exact_mut(cols).take(rows).enumerate() {
             decode_row_or_copy::<L>(weights.ty, weights.row(tile + i), decoded);
         }
-        let mut put = |row: usize, token: usize, value: f32| out.set(token * weights.rows + tile + row, value);
+        let mut put =
+            |row: usize, token: usize, value: f32| out.set(token * weights.rows + tile + row, value);
         let mut row = 0;
         while row + L::BLOCK_ROWS <= rows {
             match L::BLOCK_ROWS {
@@ -302,7 +303,8 @@ mod tests {
                 matmul(&cpu, &x, [Product { weights: Matrix::new(ty, rows, cols, &bytes), out: &mut out }]);
                 for t in 0..tokens {
                     for r in 0..rows {
-                        let terms = || (0..cols).map(|k| f64::from(x[t * cols + k]) * f64::from(w[r * cols + k]));
+                        let terms =
+                            || (0..cols).map(|k| f64::from(x[t * cols + k]) * f64::from(w[r * cols + k]));
                         let (exact, scale) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
                         let got = f64::from(out[t * rows + r]);
                         assert!(
@@ -327,7 +329,11 @@ mod tests {
                 let product = |threads: usize, x: &[f32]| {
                     let mut out = vec![0.0; x.len() / cols * rows];
                     let cpu = Cpu { isa, pool: Pool::new(threads) };
-                    matmul(&cpu, x, [Product { weights: Matrix::new(ty, rows, cols, &bytes), out: &mut out }]);
+                    matmul(
+                        &cpu,
+                        x,
+                        [Product { weights: Matrix::new(ty, rows, cols, &bytes), out: &mut out }],
+                    );
                     out.iter().map(|v| v.to_bits()).collect::<Vec<u32>>()
                 };
                 let together = product(3, &x);

@@ -105,7 +105,11 @@ mod tests {
                 let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 41.0;
                 for i in 0..41 {
                     let exact = f64::from(row[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-                    assert!((f64::from(out[i]) - exact).abs() < 1e-6 * exact.abs().max(1.0), "{}", cpu.isa.name());
+                    assert!(
+                        (f64::from(out[i]) - exact).abs() < 1e-6 * exact.abs().max(1.0),
+                        "{}",
+                        cpu.isa.name()
+                    );
                 }
             }
         }
@@ -120,7 +124,11 @@ mod tests {
             silu_gate(&cpu, &mut out, &up);
             for ((g, u), out) in gate.iter().zip(&up).zip(out) {
                 let exact = f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u);
-                assert!((f64::from(out) - exact).abs() < 1e-6 * exact.abs() + 1e-30, "{g} {}", cpu.isa.name());
+                assert!(
+                    (f64::from(out) - exact).abs() < 1e-6 * exact.abs() + 1e-30,
+                    "{g} {}",
+                    cpu.isa.name()
+                );
             }
         }
     }

@@ -143,7 +143,10 @@ impl Pool {
         assert!(!self.running.swap(true, Ordering::Acquire), "Pool::run is not re-entrant");
         let shared = &*self.shared;
         // SAFETY: no region is open, so no other thread reads `body`. The lifetime is erased, but `run` outlives all use.
-        unsafe { *shared.body.get() = Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Task>(body)) };
+        unsafe {
+            *shared.body.get() =
+                Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Task>(body))
+        };
         shared.done.store(0, Ordering::Relaxed);
         shared.state.open(tasks);
         fence(Ordering::SeqCst);

@@ -133,7 +133,12 @@ async fn ask_server(config: &Config, address: &str, findings: &mut Findings) {
 async fn look_at_data(config: &Config, findings: &mut Findings) -> Result<()> {
     let store = assemble::open_store(config)?;
     let mut found = store.health().await?;
-    found.extend(store.verify().await?);
+    for text in store.verify().await? {
+        // What was found at opening is told again.
+        if !found.contains(&text) {
+            found.push(text);
+        }
+    }
     findings.fact("database", if found.is_empty() { "sound" } else { "damage was found" });
     found.into_iter().for_each(|text| findings.problem(format!("database: {text}")));
     let counts = store.session_counts().await?;
