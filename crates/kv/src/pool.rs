@@ -174,6 +174,7 @@ impl PagePool {
             let mut path = self.tree.walk(tokens);
             let loaded = self.load(&path.slots);
             bytes_read += loaded.bytes_read;
+            self.verify_together(&path.slots, &loaded.unreadable);
             let bad =
                 path.slots.iter().position(|slot| loaded.unreadable.contains(slot) || !self.verify(*slot));
             let Some(index) = bad else { break path };
@@ -295,7 +296,11 @@ impl PagePool {
         }
         let unmapped = slots.iter().copied().filter(|slot| !self.tree.node(*slot).mapped);
         let wanted: Vec<u32> = if loaded.bytes_read > 0 { slots.to_vec() } else { unmapped.collect() };
-        let failed = self.file.ranges(wanted.iter().copied()).iter().any(|range| range.populate().is_err());
+        let file = &self.file;
+        let failed = in_parallel(&wanted, |slots| {
+            file.ranges(slots.iter().copied()).iter().any(|range| range.populate().is_err())
+        })
+        .contains(&true);
         for slot in wanted {
             if failed
                 && let Some(error) = self.file.ranges([slot]).iter().find_map(|range| range.populate().err())
@@ -307,6 +312,20 @@ impl PagePool {
             }
         }
         loaded
+    }
+
+    /// Compares the checksums of many pages at once; what is wrong is left for [`PagePool::verify`] to report.
+    fn verify_together(&mut self, slots: &[u32], unreadable: &[u32]) {
+        let unchecked = |slot: &u32| !self.tree.node(*slot).verified && !unreadable.contains(slot);
+        let wanted: Vec<u32> = slots.iter().copied().filter(unchecked).collect();
+        let right = |slot: &u32| {
+            let node = self.tree.node(*slot);
+            node.committed == node.tokens.len() && self.checksum(*slot, node.committed) == node.checksum
+        };
+        let right = in_parallel(&wanted, |slots| slots.iter().copied().filter(right).collect::<Vec<u32>>());
+        for slot in right.into_iter().flatten() {
+            self.tree.node_mut(slot).verified = true;
+        }
     }
 
     /// Whether the page may be used; its checksum is compared the first time that is asked.
@@ -331,6 +350,29 @@ impl PagePool {
         // SAFETY: the slot is mapped, and positions that a page holds are never written again.
         unsafe { bytes::checksum(self.file.layout(), self.file.slot_ptr(slot), positions) }
     }
+}
+
+/// Calls `work` on pieces of `slots` on as many threads as there are cores, when there is enough of it: a resumed
+/// session's first token waits for this, and nothing else computes meanwhile.
+fn in_parallel<T: Send>(slots: &[u32], work: impl Fn(&[u32]) -> T + Sync) -> Vec<T> {
+    /// Pages that outweigh starting a thread.
+    const PIECE_LEAST: usize = 8;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+    let piece = slots.len().div_ceil(threads).max(PIECE_LEAST);
+    let mut pieces = slots.chunks(piece);
+    let Some(first) = pieces.next() else { return Vec::new() };
+    std::thread::scope(|scope| {
+        let work = &work;
+        let others: Vec<_> = pieces.map(|piece| scope.spawn(move || work(piece))).collect();
+        let mut results = vec![work(first)];
+        for other in others {
+            match other.join() {
+                Ok(result) => results.push(result),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        results
+    })
 }
 
 fn resident_bytes(ranges: &[MappedRange]) -> u64 {

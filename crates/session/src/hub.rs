@@ -22,10 +22,27 @@ pub(crate) struct Hub {
 #[derive(Default)]
 struct State {
     events: Vec<TurnEvent>,
-    followers: Vec<mpsc::UnboundedSender<TurnEvent>>,
+    followers: Vec<Follower>,
     over: bool,
     /// Someone has listened; before that nobody can have left.
     followed: bool,
+}
+
+/// Someone who listens, and the last event known to them: a turn that goes on after a crash tells its durable tokens
+/// again, and then those that were told but not durable yet.
+struct Follower {
+    starting_after: Option<u64>,
+    events: mpsc::UnboundedSender<TurnEvent>,
+}
+
+impl Follower {
+    /// False when nobody listens any more.
+    fn tell(&self, event: &TurnEvent) -> bool {
+        match self.starting_after.is_some_and(|after| event.sequence_number <= after) {
+            true => !self.events.is_closed(),
+            false => self.events.send(event.clone()).is_ok(),
+        }
+    }
 }
 
 impl Hub {
@@ -55,7 +72,7 @@ impl Hub {
         debug_assert!(body.is_last() || sequence_number >= next, "event {sequence_number} after {next}");
         let sequence_number = sequence_number.max(next);
         let event = TurnEvent { sequence_number, body };
-        state.followers.retain(|follower| follower.send(event.clone()).is_ok());
+        state.followers.retain(|follower| follower.tell(&event));
         state.over |= event.body.is_last();
         if sequence_number > 1 {
             self.warm.send_replace(true);
@@ -77,13 +94,11 @@ impl Hub {
     /// Everything after `starting_after` (from the start when None), then what follows.
     pub fn follow(&self, starting_after: Option<u64>) -> mpsc::UnboundedReceiver<TurnEvent> {
         // A follower that does not read holds at most the turn's own events.
-        let (follower, events) = mpsc::unbounded_channel();
+        let (sender, events) = mpsc::unbounded_channel();
+        let follower = Follower { starting_after, events: sender };
         let mut state = self.state();
         for event in &state.events {
-            if starting_after.is_none_or(|after| event.sequence_number > after) {
-                // The receiver is in our hands.
-                follower.send(event.clone()).ok();
-            }
+            follower.tell(event);
         }
         state.followed = true;
         if !state.over {
@@ -95,7 +110,7 @@ impl Hub {
     /// Nobody listens any more.
     pub fn is_left(&self) -> bool {
         let mut state = self.state();
-        state.followers.retain(|follower| !follower.is_closed());
+        state.followers.retain(|follower| !follower.events.is_closed());
         state.followed && !state.over && state.followers.is_empty()
     }
 
@@ -154,6 +169,17 @@ mod tests {
         assert_eq!(numbers(late).await, [2, 4, 7]);
         assert_eq!(numbers(later).await, [7]);
         assert_eq!(numbers(hub.follow(None)).await, [0, 1, 2, 4, 7]);
+    }
+
+    #[tokio::test]
+    async fn what_a_follower_has_seen_is_not_told_again_when_it_is_computed_again() {
+        let hub = Hub::new("s", "t", false);
+        let again = hub.follow(Some(4));
+        for number in 2..7 {
+            hub.publish(number, delta("x"));
+        }
+        hub.abandon();
+        assert_eq!(numbers(again).await, [5, 6]);
     }
 
     #[test]

@@ -224,6 +224,17 @@ impl Plan {
     ) -> Result<Plan, SessionError> {
         let model = engine.model();
         let (tokenizer, context) = (model.tokenizer(), model.context());
+        let vocabulary = tokenizer.vocab_size();
+        let biases = &start.generation.sampling.logit_bias;
+        if let Some((token, _)) = biases.iter().find(|(token, _)| *token as usize >= vocabulary) {
+            return Err(SessionError::Invalid {
+                param: "logit_bias".into(),
+                message: format!(
+                    "logit_bias: there is no token {token}, the model's tokens are 0 to {}",
+                    vocabulary - 1
+                ),
+            });
+        }
         let known = records::items(history.items)?;
         let retokenized = settings.tokenizer != records::hex(&tokenizer.fingerprint());
         let model_changed = settings.fingerprint != records::hex(&model.fingerprint());

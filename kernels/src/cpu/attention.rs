@@ -85,15 +85,16 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
     let layout = attention.layout;
     assert_eq!(attention.heads % layout.kv_heads, 0, "query heads are whole groups");
     assert_eq!(q.len(), out.len());
-    let mut tasks = Vec::with_capacity(sequences.len() * layout.kv_heads);
+    // Few tiles leave threads idle unless their segments are spread over them.
+    let tiles: usize = sequences.iter().map(|sequence| sequence.rows.div_ceil(TILE_ROWS)).sum();
+    let spread = tiles * layout.kv_heads < 4 * cpu.pool.threads();
+    let mut tasks = Vec::with_capacity(tiles * layout.kv_heads);
     for sequence in sequences {
         for tile in (0..sequence.rows).step_by(TILE_ROWS) {
             let rows = TILE_ROWS.min(sequence.rows - tile);
             let start = sequence.start + tile;
             let first_segment = attention.first_position(start) / SEGMENT;
             let segments = first_segment..(start + rows - 1) / SEGMENT + 1;
-            // A few rows leave threads idle unless their segments are spread over them.
-            let spread = rows * attention.heads < TILE_ROWS * 4;
             for kv_head in 0..layout.kv_heads {
                 let tile =
                     Tile { pages: sequence.pages, row: sequence.first_row + tile, rows, start, kv_head };

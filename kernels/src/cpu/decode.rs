@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::lanes::{LANES, Lanes, sixteen_mut};
+use super::lanes::{LANES, Lanes, sixteen, sixteen_mut};
 use crate::GgmlType;
 use crate::quant::dequantize;
 
@@ -10,9 +10,18 @@ use crate::quant::dequantize;
 #[inline(always)]
 pub fn decode_row<L: Lanes>(ty: GgmlType, src: &[u8], dst: &mut [f32]) {
     debug_assert_eq!(src.len(), ty.row_bytes(dst.len()));
+    macro_rules! pairs {
+        ($bytes:literal, $decode:ident) => {
+            for (block, out) in src.as_chunks::<$bytes>().0.iter().zip(dst.as_chunks_mut::<32>().0) {
+                let (first, second) = $decode::<L>(block);
+                put(first, out, 0);
+                put(second, out, 16);
+            }
+        };
+    }
     macro_rules! blocks {
-        ($bytes:literal, $len:literal, $decode:ident) => {
-            for (block, out) in src.as_chunks::<$bytes>().0.iter().zip(dst.as_chunks_mut::<$len>().0) {
+        ($bytes:literal, $decode:ident) => {
+            for (block, out) in src.as_chunks::<$bytes>().0.iter().zip(dst.as_chunks_mut::<256>().0) {
                 $decode::<L>(block, out);
             }
         };
@@ -20,13 +29,44 @@ pub fn decode_row<L: Lanes>(ty: GgmlType, src: &[u8], dst: &mut [f32]) {
     match ty {
         GgmlType::F16 => f16_row::<L>(src, dst),
         GgmlType::BF16 => bf16_row::<L>(src, dst),
-        GgmlType::Q4_0 => blocks!(18, 32, q4_0),
-        GgmlType::Q4_1 => blocks!(20, 32, q4_1),
-        GgmlType::Q5_0 => blocks!(22, 32, q5_0),
-        GgmlType::Q8_0 => blocks!(34, 32, q8_0),
-        GgmlType::Q4K => blocks!(144, 256, q4_k),
-        GgmlType::Q6K => blocks!(210, 256, q6_k),
+        GgmlType::Q4_0 => pairs!(18, q4_0),
+        GgmlType::Q4_1 => pairs!(20, q4_1),
+        GgmlType::Q5_0 => pairs!(22, q5_0),
+        GgmlType::Q8_0 => pairs!(34, q8_0),
+        GgmlType::Q4K => blocks!(144, q4_k),
+        GgmlType::Q6K => blocks!(210, q6_k),
         other => dequantize(other, src, dst),
+    }
+}
+
+/// The dot products of `R` rows with one token's activations, decoded in registers; None for types that have no such
+/// path. The same bits as [`decode_row`] and then a product, since the terms and their order are the same.
+#[inline(always)]
+pub fn dot_rows<L: Lanes, const R: usize>(ty: GgmlType, rows: &[&[u8]; R], x: &[f32]) -> Option<[f32; R]> {
+    macro_rules! pairs {
+        ($bytes:literal, $decode:ident) => {{
+            let mut sums = [L::zero(); R];
+            for (index, x) in x.as_chunks::<32>().0.iter().enumerate() {
+                let (a, b) = (L::load(sixteen(x, 0)), L::load(sixteen(x, 16)));
+                for r in 0..R {
+                    let block = rows[r][index * $bytes..][..$bytes].first_chunk::<$bytes>()?;
+                    let (first, second) = $decode::<L>(block);
+                    sums[r] = b.mul_add(second, a.mul_add(first, sums[r]));
+                }
+            }
+            let mut dots = [0.0; R];
+            for r in 0..R {
+                dots[r] = sums[r].sum();
+            }
+            Some(dots)
+        }};
+    }
+    match ty {
+        GgmlType::Q4_0 => pairs!(18, q4_0),
+        GgmlType::Q4_1 => pairs!(20, q4_1),
+        GgmlType::Q5_0 => pairs!(22, q5_0),
+        GgmlType::Q8_0 => pairs!(34, q8_0),
+        _ => None,
     }
 }
 
@@ -60,24 +100,22 @@ fn words(bytes: &[u8; 32]) -> [u16; LANES] {
 }
 
 #[inline(always)]
-fn q4_0<L: Lanes>(block: &[u8; 18], out: &mut [f32; 32]) {
+fn q4_0<L: Lanes>(block: &[u8; 18]) -> (L, L) {
     let d = L::splat(half_at(block, 0));
     let (low, high) = nibbles(&block[2..]);
     let eight = L::splat(8.0);
-    put(L::load_u8(&low).sub(eight).mul(d), out, 0);
-    put(L::load_u8(&high).sub(eight).mul(d), out, 16);
+    (L::load_u8(&low).sub(eight).mul(d), L::load_u8(&high).sub(eight).mul(d))
 }
 
 #[inline(always)]
-fn q4_1<L: Lanes>(block: &[u8; 20], out: &mut [f32; 32]) {
+fn q4_1<L: Lanes>(block: &[u8; 20]) -> (L, L) {
     let (d, m) = (L::splat(half_at(block, 0)), L::splat(half_at(block, 2)));
     let (low, high) = nibbles(&block[4..]);
-    put(L::load_u8(&low).mul(d).add(m), out, 0);
-    put(L::load_u8(&high).mul(d).add(m), out, 16);
+    (L::load_u8(&low).mul(d).add(m), L::load_u8(&high).mul(d).add(m))
 }
 
 #[inline(always)]
-fn q5_0<L: Lanes>(block: &[u8; 22], out: &mut [f32; 32]) {
+fn q5_0<L: Lanes>(block: &[u8; 22]) -> (L, L) {
     let d = L::splat(half_at(block, 0));
     let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     let (mut low, mut high) = nibbles(&block[6..]);
@@ -86,15 +124,13 @@ fn q5_0<L: Lanes>(block: &[u8; 22], out: &mut [f32; 32]) {
         high[i] |= (((fifth >> (i + 16)) & 1) << 4) as u8;
     }
     let sixteen = L::splat(16.0);
-    put(L::load_u8(&low).sub(sixteen).mul(d), out, 0);
-    put(L::load_u8(&high).sub(sixteen).mul(d), out, 16);
+    (L::load_u8(&low).sub(sixteen).mul(d), L::load_u8(&high).sub(sixteen).mul(d))
 }
 
 #[inline(always)]
-fn q8_0<L: Lanes>(block: &[u8; 34], out: &mut [f32; 32]) {
+fn q8_0<L: Lanes>(block: &[u8; 34]) -> (L, L) {
     let d = L::splat(half_at(block, 0));
-    put(L::load_i8(first16(&block[2..])).mul(d), out, 0);
-    put(L::load_i8(first16(&block[18..])).mul(d), out, 16);
+    (L::load_i8(first16(&block[2..])).mul(d), L::load_i8(first16(&block[18..])).mul(d))
 }
 
 #[inline(always)]
@@ -147,7 +183,7 @@ fn half_at(block: &[u8], at: usize) -> f32 {
 
 #[inline(always)]
 fn first16(bytes: &[u8]) -> &[u8; LANES] {
-    super::lanes::sixteen(bytes, 0)
+    sixteen(bytes, 0)
 }
 
 /// Low and high halves of the first sixteen bytes.

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 
 use super::Cpu;
-use super::decode::decode_row;
+use super::decode::{decode_row, dot_rows};
 use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen};
 use crate::GgmlType;
@@ -110,6 +110,16 @@ fn product_rows<L: Lanes>(
     let cols = weights.cols;
     for tile in (first..end).step_by(TILE_ROWS) {
         let rows = TILE_ROWS.min(end - tile);
+        if x.len() == cols && rows == TILE_ROWS {
+            let packed =
+                [weights.row(tile), weights.row(tile + 1), weights.row(tile + 2), weights.row(tile + 3)];
+            if let Some(dots) = dot_rows::<L, TILE_ROWS>(weights.ty, &packed, x) {
+                for (row, dot) in dots.into_iter().enumerate() {
+                    out.set(tile + row, dot);
+                }
+                continue;
+            }
+        }
         for (i, decoded) in scratch.chunks_exact_mut(cols).take(rows).enumerate() {
             decode_row_or_copy::<L>(weights.ty, weights.row(tile + i), decoded);
         }
@@ -322,7 +332,7 @@ mod tests {
     #[test]
     fn a_rows_bits_do_not_depend_on_the_batch_or_on_the_threads() {
         let (rows, tokens) = (70, 13);
-        for (ty, cols) in [(GgmlType::Q4_1, 576), (GgmlType::F32, 41), (GgmlType::Q6K, 256)] {
+        for (ty, cols) in GgmlType::ALL.map(|ty| (ty, 512)).into_iter().chain([(GgmlType::F32, 41)]) {
             let bytes = weights(ty, rows, cols);
             let x = values(tokens * cols, 5);
             for isa in tiers() {

@@ -3,6 +3,10 @@
 //! Each kernel is written once over [`lanes::Lanes`], sixteen f32 lanes with a fixed order of reduction, and
 //! compiled for every tier; [`Cpu`] holds the tier chosen at start and the thread pool.
 
+// Register blocks are indexed by row and token, as the formulas are; iterator adapters take closures, which `lanes`
+// explains away.
+#![allow(clippy::needless_range_loop)]
+
 pub mod attention;
 mod decode;
 mod isa;
