@@ -12,6 +12,7 @@ use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PagePtr};
 use dormouse_models::config::{ModelConfig, NameScheme, Role};
 use dormouse_models::decoder::{Activations, Batch, Decoder};
 use dormouse_models::gguf::GgufFile;
+use dormouse_models::source::ModelSource;
 use dormouse_models::weights::WeightSource;
 
 fn test_model() -> GgufFile {
@@ -20,6 +21,24 @@ fn test_model() -> GgufFile {
         std::path::PathBuf::from,
     );
     GgufFile::open(&path).unwrap_or_else(|error| panic!("{error}: run scripts/fetch_weights"))
+}
+
+/// The rig's logits of the last of `tokens` against candle's of the same weights.
+fn assert_close(got: &[f32], expected: &[f32]) {
+    let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+    // What remains is the rounding of keys and values to f16, 2⁻¹¹ of each.
+    assert!(worst < 4e-3 * scale, "largest difference {worst} on logits up to {scale}");
+    let best = |v: &[f32]| (0..v.len()).max_by(|a, b| v[*a].total_cmp(&v[*b]));
+    assert_eq!(best(got), best(expected));
+}
+
+fn candle_logits(config: &Config, tensors: HashMap<String, Candle>, tokens: &[u32]) -> Vec<f32> {
+    let builder = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let llama = Llama::load(builder, config).unwrap();
+    let mut cache = Cache::new(false, DType::F32, config, &Device::Cpu).unwrap();
+    let input = Candle::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
 }
 
 /// One sequence with pages in plain memory.
@@ -35,7 +54,10 @@ struct Rig {
 impl Rig {
     fn new(dtype: KvDtype, positions: usize) -> Rig {
         let file = test_model();
-        let decoder = Decoder::new(&file, ModelConfig::from_gguf(&file).unwrap()).unwrap();
+        Rig::of(Decoder::new(&file, ModelConfig::from_gguf(&file).unwrap()).unwrap(), dtype, positions)
+    }
+
+    fn of(decoder: Decoder, dtype: KvDtype, positions: usize) -> Rig {
         let bytes = decoder.page_layout(dtype).page_bytes();
         let mut memory = vec![vec![0u32; bytes / 4]; positions.div_ceil(PAGE_TOKENS)];
         // SAFETY: the vectors hold a page each and live as long as the rig.
@@ -107,23 +129,72 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
         max_position_embeddings: config.context,
         tie_word_embeddings: true,
     };
-    let builder = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    let llama = Llama::load(builder, &candle_config).unwrap();
     let tokens = prompt(150);
-    let mut cache = Cache::new(false, DType::F32, &candle_config, &Device::Cpu).unwrap();
-    let input = Candle::new(tokens.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let expected: Vec<f32> =
-        llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
+    let expected = candle_logits(&candle_config, tensors, &tokens);
+    let got = Rig::new(KvDtype::F16, 192).append(&Cpu::new(2).unwrap(), &tokens).pop().unwrap();
+    assert_close(&got, &expected);
+}
 
-    let cpu = Cpu::new(2).unwrap();
-    let mut rig = Rig::new(KvDtype::F16, 192);
-    let got = rig.append(&cpu, &tokens).pop().unwrap();
-    let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let worst = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
-    // What remains is the rounding of keys and values to f16, 2⁻¹¹ of each.
-    assert!(worst < 4e-3 * scale, "largest difference {worst} on logits up to {scale}");
-    let best = |v: &[f32]| (0..v.len()).max_by(|a, b| v[*a].total_cmp(&v[*b]));
-    assert_eq!(best(&got), best(&expected));
+#[test]
+fn a_safetensors_folder_with_llama3_rope_scaling_equals_candle_in_f32() {
+    let config_json = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 320, "max_position_embeddings": 2048, "num_hidden_layers": 3, "intermediate_size": 136,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": false, "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64},
+    });
+    let (d, ff, kv, vocab) = (96, 136, 48, 320);
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocab, d]),
+        ("model.norm.weight".to_owned(), vec![d]),
+        ("lm_head.weight".to_owned(), vec![vocab, d]),
+    ];
+    for layer in 0..3 {
+        for (part, shape) in [
+            ("input_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![d, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, d]),
+            ("post_attention_layernorm", vec![d]),
+            ("mlp.gate_proj", vec![ff, d]),
+            ("mlp.up_proj", vec![ff, d]),
+            ("mlp.down_proj", vec![d, ff]),
+        ] {
+            shapes.push((format!("model.layers.{layer}.{part}.weight"), shape));
+        }
+    }
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let tensors: HashMap<String, Candle> = shapes
+        .into_iter()
+        .map(|(name, shape)| {
+            // Norm weights near one, the rest of a size that keeps activations of order one.
+            let (centre, spread) = if shape.len() == 1 { (1.0, 0.3) } else { (0.0, 0.25) };
+            let values: Vec<f32> = (0..shape.iter().product::<usize>())
+                .map(|_| {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    centre + spread * ((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+                })
+                .collect();
+            (name, Candle::from_vec(values, shape, &Device::Cpu).unwrap())
+        })
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config_json.to_string()).unwrap();
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+
+    let candle_config: candle_transformers::models::llama::LlamaConfig =
+        serde_json::from_value(config_json).unwrap();
+    let tokens: Vec<u32> = (0..190).map(|i| i * 7919 % 320).collect();
+    let expected = candle_logits(&candle_config.into_config(false), tensors, &tokens);
+
+    let source = ModelSource::open(folder.path()).unwrap();
+    let decoder = Decoder::new(&source, source.config().unwrap()).unwrap();
+    let got = Rig::of(decoder, KvDtype::F16, 192).append(&Cpu::new(2).unwrap(), &tokens).pop().unwrap();
+    assert_close(&got, &expected);
 }
 
 #[test]

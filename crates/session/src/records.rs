@@ -170,6 +170,14 @@ pub(crate) fn session(row: SessionRow, settings: Settings, kv_token_bytes: usize
     }
 }
 
+/// Tokens of a log that its past turns certainly computed, whatever has become of their pages since: all but the last
+/// one that was sampled.
+pub(crate) fn computed(turns: &[TurnRow]) -> usize {
+    let sampled =
+        |row: &TurnRow| row.output_end.filter(|end| row.output_start.is_some_and(|start| start < *end));
+    turns.iter().rev().find_map(sampled).map_or(0, |end| end - 1)
+}
+
 pub(crate) fn turn(session: &str, row: &TurnRow) -> Result<Turn, SessionError> {
     let record: TurnRecord = decode(&row.record)?;
     Ok(turn_of(session, &row.id, row.created_ms, record))

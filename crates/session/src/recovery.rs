@@ -58,8 +58,11 @@ impl Runtime {
             chain.add(message);
         }
         let starts = items.iter().map(|item| item.token_start).collect();
-        let covered = row.kv_len.min(log.len());
+        let durable = log.len();
         let orders = spec(&engine, &record, &row.id, &turn, row.fence, log);
+        // A first token of the answer means that the whole prompt was computed.
+        let begun = if durable > orders.output_start { durable - 1 } else { 0 };
+        let covered = row.kv_len.max(records::computed(&history.turns)).max(begun).min(durable);
         let claim = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
         let run = Run {
             spec: TurnSpec { covered, claim, ..orders },

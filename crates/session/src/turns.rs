@@ -301,7 +301,8 @@ impl Plan {
         }
         let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
         events.push(new_event("session.turn.created", Some(&turn), json!({ "items": ids })));
-        let covered = if retokenized { 0 } else { history.session.kv_len.min(keep_tokens) };
+        let computed = history.session.kv_len.max(records::computed(&history.turns));
+        let covered = if retokenized { 0 } else { computed.min(keep_tokens) };
         let mut log = log;
         log.truncate(keep_tokens);
         log.extend_from_slice(&tokens);

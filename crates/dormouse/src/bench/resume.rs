@@ -58,7 +58,7 @@ async fn scenario(setup: &Setup, arguments: &BenchResumeArguments) -> Result<Val
     let session_object = server.client.get(&["v1", "sessions", &session], &[]).await?;
     server.kill()?;
 
-    let (mut ready, mut warm, mut recomputed) = (Vec::new(), Vec::new(), 0.0_f64);
+    let (mut ready, mut warm, mut recomputed, mut new_tokens) = (Vec::new(), Vec::new(), 0.0_f64, 0.0);
     for repeat in 1..=arguments.repeats {
         eprintln!("fresh process, page cache warm: {repeat} of {} …", arguments.repeats);
         let server = setup.start()?;
@@ -66,8 +66,13 @@ async fn scenario(setup: &Setup, arguments: &BenchResumeArguments) -> Result<Val
         let again = turn(&server.client, &session, "Go on.", 1).await?;
         warm.push(again.first_token_ms);
         recomputed = recomputed.max(again.receipt("recomputed_tokens"));
+        new_tokens = again.turn["usage"]["prompt_tokens"].as_f64().unwrap_or(f64::NAN)
+            - again.receipt("restored_tokens");
         server.kill()?;
     }
+
+    eprintln!("kill -9 in the middle of an answer …");
+    let interrupted = interrupted(setup, &session).await?;
 
     eprintln!("fresh process, page cache cold …");
     let read_mb_per_s = drop_pages(setup)?;
@@ -91,8 +96,10 @@ async fn scenario(setup: &Setup, arguments: &BenchResumeArguments) -> Result<Val
         "ready_ms": median(&mut ready),
         "warm_first_token_ms": warm_ms,
         "warm_first_token_ms_all": warm,
+        "warm_new_tokens": new_tokens,
         "warm_recomputed_tokens": recomputed,
         "prompt_over_warm": built.first_token_ms / warm_ms,
+        "interrupted": interrupted,
         "cold_first_token_ms": cold.first_token_ms,
         "cold_bytes_read": bytes_read,
         "disk_read_mb_per_s": read_mb_per_s,
@@ -155,6 +162,51 @@ async fn turn(client: &Client, session: &str, input: &str, max_tokens: usize) ->
         }
     }
     bail!("the server stopped in the middle of a turn")
+}
+
+/// Kills the server in the middle of an answer and starts it again: nobody asks it to go on. Times from its start to
+/// its readiness and to the first token that the killed one had not said.
+async fn interrupted(setup: &Setup, session: &str) -> Result<Value> {
+    let server = setup.start()?;
+    let body = json!({
+        "input": "Tell me more.", "stream": true, "max_tokens": 4 * DECODE_TOKENS, "temperature": 0, "ignore_eos": true,
+    });
+    let mut events = server.client.post_events(&["v1", "sessions", session, "turns"], &body).await?;
+    let (mut turn, mut seen) = (String::new(), 0);
+    for _ in 0..DECODE_TOKENS {
+        let event = events.next().await?.context("the answer ended before it could be interrupted")?;
+        if let Some(id) = event["turn"].as_str() {
+            turn = id.to_string();
+        }
+        seen = event["sequence_number"].as_u64().context("an event has no sequence number")?;
+    }
+    server.kill()?;
+
+    let begun = Instant::now();
+    let server = setup.start()?;
+    let cursor = seen.to_string();
+    let query = [("stream", "true"), ("starting_after", cursor.as_str())];
+    let mut events = server.client.get_events(&["v1", "sessions", session, "turns", &turn], &query).await?;
+    let next = events.next().await?.context("the answer did not go on")?;
+    let start_to_next_token_ms = begun.elapsed().as_secs_f64() * 1e3;
+    if next["type"] != "session.turn.output_text.delta" {
+        bail!("the answer did not go on, but said {next}");
+    }
+    let mut last = next;
+    while let Some(event) = events.next().await? {
+        last = event;
+    }
+    let receipt = &last["turn"]["dormouse"];
+    let (ready_ms, restored, again) =
+        (server.ready_ms, receipt["restored_tokens"].clone(), receipt["recomputed_tokens"].clone());
+    server.kill()?;
+    Ok(json!({
+        "ready_ms": ready_ms,
+        "start_to_next_token_ms": start_to_next_token_ms,
+        "ready_to_next_token_ms": start_to_next_token_ms - ready_ms,
+        "restored_tokens": restored,
+        "recomputed_tokens": again,
+    }))
 }
 
 /// Puts the page files out of RAM, measures how fast the disk reads them, and puts them out again.
@@ -225,12 +277,24 @@ fn print(report: &Value) -> Result<()> {
         ["read the prompt, to first token".into(), ms(&report["prompt_ms"])],
         ["one decode step".into(), ms(&report["decode_step_ms"])],
         ["after kill -9: exec to ready".into(), ms(&report["ready_ms"])],
-        ["fresh process, cache warm: request to first token".into(), ms(&report["warm_first_token_ms"])],
+        [
+            format!(
+                "fresh process, cache warm: request with {} new tokens to first token",
+                report["warm_new_tokens"]
+            ),
+            ms(&report["warm_first_token_ms"]),
+        ],
         ["  tokens computed again".into(), report["warm_recomputed_tokens"].to_string()],
         [
             "  times faster than reading the prompt".into(),
             format!("{:.0}", number(&report["prompt_over_warm"])),
         ],
+        [
+            "killed in mid-answer: exec to its next new token".into(),
+            ms(&report["interrupted"]["start_to_next_token_ms"]),
+        ],
+        ["  of which after ready".into(), ms(&report["interrupted"]["ready_to_next_token_ms"])],
+        ["  tokens computed again".into(), report["interrupted"]["recomputed_tokens"].to_string()],
         ["fresh process, cache cold: request to first token".into(), ms(&report["cold_first_token_ms"])],
         [
             "  read from disk".into(),
