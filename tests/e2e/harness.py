@@ -52,7 +52,9 @@ class Server:
         if not line.startswith("ready "):
             if not readable:
                 self.process.kill()
-            raise StartFailed(self.process.wait(), self.stderr())
+            code = self.process.wait()
+            self.process = None
+            raise StartFailed(code, self.stderr())
         self.url = line.split()[1]
         self.http = httpx.Client(base_url=self.url, timeout=REQUEST_SECONDS)
         return self
@@ -71,7 +73,8 @@ class Server:
     def _ended(self):
         code = self.process.wait()
         self.process.stdout.close()
-        self.http.close()
+        if self.http:
+            self.http.close()
         self.process = None
         return code
 

@@ -23,14 +23,24 @@ pub struct Claim {
     pub kv_len: usize,
 }
 
-/// One model being served. Cheap to clone.
+/// One model being served. Cheap to clone; the engine stops with its last handle.
 #[derive(Clone)]
 pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     model: Arc<Model>,
     page_file: i64,
-    // A `Sender` is `Sync` in std, so handles need no lock.
     commands: mpsc::Sender<Command>,
     trouble: Arc<Mutex<Option<String>>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // An engine that is gone already has stopped.
+        let _ = self.commands.send(Command::Shutdown(oneshot::channel().0));
+    }
 }
 
 impl Engine {
@@ -46,9 +56,9 @@ impl Engine {
         let (commands, inbox) = mpsc::channel();
         let trouble = Arc::new(Mutex::new(None));
         let persister = Persister::start(store, durability, commands.clone())?;
-        let engine = Engine { model, page_file, commands, trouble };
-        let (model, trouble) = (Arc::clone(&engine.model), Arc::clone(&engine.trouble));
-        std::thread::Builder::new().name(format!("dormouse-engine-{}", engine.model.name)).spawn(
+        let inner = Inner { model, page_file, commands, trouble };
+        let (model, trouble) = (Arc::clone(&inner.model), Arc::clone(&inner.trouble));
+        std::thread::Builder::new().name(format!("dormouse-engine-{}", inner.model.name)).spawn(
             move || {
                 let notice = Notice(Arc::clone(&trouble));
                 let state = State::default();
@@ -56,15 +66,15 @@ impl Engine {
                 drop(notice);
             },
         )?;
-        Ok(engine)
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        &self.inner.model
     }
 
     pub fn page_file(&self) -> i64 {
-        self.page_file
+        self.inner.page_file
     }
 
     /// Runs a turn whose input is already in the durable token log. Its events end with `Finished` or `Failed`.
@@ -109,7 +119,7 @@ impl Engine {
 
     /// Why the engine cannot serve, if it cannot.
     pub fn unhealthy(&self) -> Option<String> {
-        match self.trouble.lock() {
+        match self.inner.trouble.lock() {
             Ok(trouble) => trouble.clone(),
             Err(_) => Some("the engine thread panicked; restart".into()),
         }
@@ -122,7 +132,7 @@ impl Engine {
     }
 
     fn send(&self, command: Command) -> Result<(), EngineError> {
-        self.commands.send(command).map_err(|_| EngineError::Stopped)
+        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {

@@ -1,7 +1,8 @@
 //! One turn while the engine holds it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use dormouse_kernels::PAGE_TOKENS;
 use dormouse_kv::{BlockTable, Ticket};
 use dormouse_models::{Model, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
@@ -10,6 +11,10 @@ use crate::sampling::History;
 use crate::{
     EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
 };
+
+/// Output tokens that wait for a commit at the most, and how long they wait at the most.
+const COMMIT_TOKENS: usize = 16;
+pub const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A turn that was submitted and has no pages yet.
 pub struct Waiting {
@@ -36,6 +41,8 @@ pub struct Turn {
     pub receipt: Receipt,
     /// Set when nothing more is to be computed.
     pub ending: Option<Ending>,
+    /// A commit failed; no other is tried, and the turn ends with the log as it is on disk.
+    pub commits_failed: bool,
 }
 
 /// How a turn ends.
@@ -62,6 +69,7 @@ impl Turn {
             history,
             text: OutputText::new(model.tokenizer(), &spec.stop),
             ending: None,
+            commits_failed: false,
             table,
             receipt,
             since,
@@ -115,6 +123,26 @@ impl Turn {
     /// The first reason to end is the one that counts.
     pub fn end(&mut self, ending: Ending) {
         self.ending.get_or_insert(ending);
+    }
+
+    /// Tokens or pages that no commit has named yet.
+    pub fn has_gained(&self) -> bool {
+        self.log.len() > self.durable || self.table.len() > self.named
+    }
+
+    /// Enough was gained, or it has waited long enough, or it is the last: losing less than a page keeps a crash cheap,
+    /// and committing every token would not.
+    pub fn commit_is_due(&self) -> bool {
+        let sealed_a_page = self.table.len() / PAGE_TOKENS > self.named / PAGE_TOKENS;
+        let enough = self.log.len() - self.durable >= COMMIT_TOKENS;
+        let waited = self.last_commit.elapsed() >= COMMIT_INTERVAL;
+        self.has_gained() && (self.ending.is_some() || enough || sealed_a_page || waited)
+    }
+
+    /// What could not be written is not claimed: the turn fails, whatever it was about to say.
+    pub fn fail_commit(&mut self, error: EngineError) {
+        self.commits_failed = true;
+        self.ending = Some(Ending::Fail(error));
     }
 
     /// Everything the turn gained is durable (or cannot become so): says how it ended and gives its pages back.

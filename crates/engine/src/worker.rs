@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use dormouse_kernels::cpu::attention::Sequence;
 use dormouse_kernels::{Cpu, PagePtr};
@@ -14,14 +14,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use crate::persist::{Acknowledgement, Commit, Persister};
-use crate::turn::{Ending, Turn, Waiting};
+use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
 use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
 
 /// Turns that hold pages at once; the others wait in the queue.
 const RUNNING_MOST: usize = 32;
-/// Output tokens that wait for a commit at the most, and how long they wait at the most.
-const COMMIT_TOKENS: usize = 16;
-const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 /// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
 const STEP_SECONDS: f64 = 0.2;
 const STEP_ROWS_LEAST: usize = 16;
@@ -57,8 +54,9 @@ pub struct Worker {
 pub struct State {
     queue: VecDeque<Waiting>,
     running: Vec<Turn>,
-    /// A commit of removals alone is on its way.
+    /// A commit of removals alone is on its way, or the last one failed.
     removals_in_flight: bool,
+    removals_failed: Option<EngineError>,
     /// Turn that the prefill budget is offered to first, so that it goes round.
     next_prefill: usize,
     rows_per_second: f64,
@@ -77,18 +75,20 @@ struct Slice {
 
 impl Worker {
     pub fn run(mut self) {
+        let mut progress = false;
         loop {
-            self.take_commands();
-            if self.state.stopping.is_some() && self.state.running.is_empty() {
+            self.take_commands(progress);
+            if self.state.stopping.is_some() && self.state.running.is_empty() && self.removals_are_settled() {
                 break;
             }
-            self.admit();
+            let admitted = self.admit();
             let step = self.schedule();
             if !step.is_empty() {
                 self.forward(&step);
                 self.sample(&step);
             }
-            self.persist();
+            let persisted = self.persist();
+            progress = admitted || !step.is_empty() || persisted;
         }
         // Whoever waits for the end may now find the page file closed.
         let Worker { pool, persister, state, .. } = self;
@@ -99,39 +99,30 @@ impl Worker {
         }
     }
 
-    /// Takes every command that is there; sleeps for the next one when there is nothing to compute.
-    fn take_commands(&mut self) {
-        let mut idle = !self.has_work();
-        loop {
-            let command = if idle {
-                match self.commands.recv() {
-                    Ok(command) => command,
-                    Err(_) => {
-                        // Every handle is gone: end as if asked to.
-                        self.stop(oneshot::channel().0);
-                        return;
-                    }
-                }
+    /// Takes every command that is there. After a round without progress it sleeps for the next one: whatever the
+    /// running turns wait for arrives as a command, and what is due with time is looked at in between.
+    fn take_commands(&mut self, progress: bool) {
+        if !progress {
+            let command = if self.state.running.is_empty() {
+                self.commands.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
             } else {
-                match self.commands.try_recv() {
-                    Ok(command) => command,
-                    Err(_) => return,
-                }
+                self.commands.recv_timeout(COMMIT_INTERVAL)
             };
+            match command {
+                Ok(command) => self.obey(command),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                // The persister's end is the last: it ends with us.
+                Err(mpsc::RecvTimeoutError::Disconnected) => self.stop(oneshot::channel().0),
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
-            idle = !self.has_work();
         }
     }
 
-    /// Something can be done without another command.
-    fn has_work(&self) -> bool {
-        let state = &self.state;
-        let computes = |turn: &Turn| turn.ending.is_none() || turn.in_flight.is_none();
-        let waits_for_room =
-            state.removals_in_flight && state.running.iter().all(|turn| turn.ending.is_none());
-        (state.running.iter().any(computes) && !(waits_for_room && state.running.len() <= 1))
-            || (!state.queue.is_empty() && state.running.len() < RUNNING_MOST)
-            || (state.stopping.is_some() && state.running.is_empty())
+    /// The catalog knows of every page that was given up, or cannot be told.
+    fn removals_are_settled(&mut self) -> bool {
+        self.commit_removals().is_err() || !self.state.removals_in_flight
     }
 
     fn obey(&mut self, command: Command) {
@@ -248,10 +239,12 @@ impl Worker {
         (attached.table, receipt)
     }
 
-    /// Gives pages to waiting turns while there is room.
-    fn admit(&mut self) {
+    /// Gives pages to waiting turns while there is room. Whether there were any.
+    fn admit(&mut self) -> bool {
+        let mut admitted = false;
         while self.state.running.len() < RUNNING_MOST {
-            let Some(waiting) = self.state.queue.pop_front() else { return };
+            let Some(waiting) = self.state.queue.pop_front() else { break };
+            admitted = true;
             let spec = &waiting.spec;
             if spec.log.is_empty() || spec.log.len() > self.model.context() {
                 let error =
@@ -283,6 +276,7 @@ impl Worker {
             stats.restored_bytes_read += receipt.bytes_read;
             self.state.running.push(Turn::new(&self.model, waiting, table, receipt));
         }
+        admitted
     }
 
     /// Chooses the rows of the next step and reserves room for them: one row of every turn that decodes, then pieces
@@ -293,7 +287,8 @@ impl Worker {
         let decoding =
             self.state.running.iter().filter(|turn| turn.ending.is_none() && turn.pending() == 1).count();
         let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
-        let mut left = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST).saturating_sub(decoding).max(1);
+        let budget = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST);
+        let mut left = budget.saturating_sub(decoding).max(STEP_ROWS_LEAST);
         let first = self.state.next_prefill;
         let order = (0..count)
             .filter(|i| self.state.running[*i].pending() == 1)
@@ -318,37 +313,45 @@ impl Worker {
         step
     }
 
-    /// Room for `rows` more positions of a turn. False when it must wait for another commit, or has failed.
+    /// Room for `rows` more positions of a turn. False when it must wait, or has failed.
     fn reserve(&mut self, index: usize, rows: usize) -> bool {
         let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
             Ok(()) => return true,
-            Err(KvError::AwaitingRemovals { .. }) => {
-                self.commit_removals();
-                return false;
-            }
             Err(error) => error,
         };
-        // Others that end give their pages back; with none, waiting would be for ever.
-        let others = self.state.running.len() > 1 || self.state.removals_in_flight;
-        if matches!(error, KvError::Full { .. }) && others && self.oldest_running() != Some(index) {
-            return false;
-        }
         let failure = match error {
-            KvError::Full { .. } | KvError::NoSpace { .. } => EngineError::OutOfSpace(error.to_string()),
+            KvError::AwaitingRemovals { .. } => match self.state.removals_failed.take() {
+                Some(error) => error,
+                None => match self.commit_removals() {
+                    Ok(()) => return false,
+                    Err(error) => error,
+                },
+            },
+            KvError::Full { .. } | KvError::NoSpace { .. } => {
+                // Turns that end give their pages back, and the oldest turn goes first: when it lacks room, and nobody
+                // is about to give any, the youngest has to go.
+                let going_on = |turn: &Turn| turn.ending.is_none();
+                let running = &self.state.running;
+                let oldest = running.iter().position(going_on);
+                if running.iter().any(|turn| !going_on(turn)) || oldest != Some(index) {
+                    return false;
+                }
+                let youngest = running.iter().rposition(going_on).unwrap_or(index);
+                self.state.running[youngest].end(Ending::Fail(EngineError::OutOfSpace(error.to_string())));
+                return false;
+            }
             other => self.in_trouble(other.to_string()),
         };
         self.state.running[index].end(Ending::Fail(failure));
         false
     }
 
-    fn oldest_running(&self) -> Option<usize> {
-        self.state.running.iter().position(|turn| turn.ending.is_none())
-    }
-
     fn in_trouble(&self, what: String) -> EngineError {
-        tracing::error!("{what}");
-        if let Ok(mut trouble) = self.trouble.lock() {
-            trouble.get_or_insert_with(|| what.clone());
+        if let Ok(mut trouble) = self.trouble.lock()
+            && trouble.is_none()
+        {
+            tracing::error!("{what}");
+            *trouble = Some(what.clone());
         }
         EngineError::Storage(what)
     }
@@ -408,34 +411,33 @@ impl Worker {
         }
     }
 
-    /// Sends commits on their way and closes the turns that are over and durable.
-    fn persist(&mut self) {
+    /// Sends commits on their way and closes the turns that are over and durable. Whether there was anything to do.
+    fn persist(&mut self) -> bool {
         let mut index = 0;
+        let mut did = false;
         while index < self.state.running.len() {
             let turn = &self.state.running[index];
-            let gained = turn.log.len() > turn.durable || turn.table.len() > turn.named;
-            let due = turn.ending.is_some()
-                || turn.log.len() - turn.durable >= COMMIT_TOKENS
-                || turn.table.len() / dormouse_kernels::PAGE_TOKENS
-                    > turn.named / dormouse_kernels::PAGE_TOKENS
-                || turn.last_commit.elapsed() >= COMMIT_INTERVAL;
-            let writable =
-                !matches!(turn.ending, Some(Ending::Fail(EngineError::Storage(_) | EngineError::LeaseLost)));
-            if turn.in_flight.is_none() && gained && due && writable {
+            if turn.in_flight.is_none() && !turn.commits_failed && turn.commit_is_due() {
                 self.commit(index);
+                did = true;
             }
             let turn = &self.state.running[index];
-            let settled = !(turn.log.len() > turn.durable || turn.table.len() > turn.named) || !writable;
-            if turn.ending.is_some() && turn.in_flight.is_none() && settled {
+            if turn.ending.is_some()
+                && turn.in_flight.is_none()
+                && (turn.commits_failed || !turn.has_gained())
+            {
                 let turn = self.state.running.remove(index);
                 self.pool.release(turn.close());
+                did = true;
             } else {
                 index += 1;
             }
         }
-        if self.state.running.is_empty() {
-            self.commit_removals();
+        // Running turns' own commits carry removals along. A failure is noted, and told to the next who needs room.
+        if self.state.running.is_empty() && self.commit_removals().is_err() {
+            did = false;
         }
+        did
     }
 
     fn commit(&mut self, index: usize) {
@@ -444,7 +446,7 @@ impl Worker {
             Ok(pending) => pending,
             Err(error) => {
                 let failure = self.in_trouble(error.to_string());
-                self.state.running[index].ending = Some(Ending::Fail(failure));
+                self.state.running[index].fail_commit(failure);
                 return;
             }
         };
@@ -466,27 +468,25 @@ impl Worker {
         self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: turn_id });
     }
 
-    /// Tells the catalog of pages that were evicted, damaged or deleted.
-    fn commit_removals(&mut self) {
+    /// Tells the catalog of pages that were evicted, damaged or deleted, if there are any and it is not told already.
+    fn commit_removals(&mut self) -> Result<(), EngineError> {
         if self.state.removals_in_flight {
-            return;
+            return Ok(());
         }
-        match self.pool.commit_removals() {
-            Ok(None) => {}
-            Ok(Some(pending)) => {
-                let step = StepCommit {
-                    page_file: self.page_file,
-                    pages: pending.rows,
-                    removed: pending.removed,
-                    ..StepCommit::default()
-                };
-                self.state.removals_in_flight = true;
-                self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: None });
-            }
-            Err(error) => {
-                self.in_trouble(error.to_string());
-            }
-        }
+        let pending = match self.pool.commit_removals() {
+            Ok(None) => return Ok(()),
+            Ok(Some(pending)) => pending,
+            Err(error) => return Err(self.in_trouble(error.to_string())),
+        };
+        let step = StepCommit {
+            page_file: self.page_file,
+            pages: pending.rows,
+            removed: pending.removed,
+            ..StepCommit::default()
+        };
+        self.state.removals_in_flight = true;
+        self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: None });
+        Ok(())
     }
 
     fn send(&mut self, commit: Commit) {
@@ -511,20 +511,14 @@ impl Worker {
         }
         let Some(id) = answer.turn else {
             self.state.removals_in_flight = false;
+            self.state.removals_failed = answer.outcome.err();
             return;
         };
         let Some(turn) = self.state.running.iter_mut().find(|turn| turn.spec.turn == id) else { return };
         turn.in_flight = None;
         match answer.outcome {
             Ok(()) => turn.durable = answer.log_len,
-            // What could not be written is not claimed: the turn ends with the log as it is on disk.
-            Err(error) => {
-                let error = match error {
-                    EngineError::OutOfSpace(why) => EngineError::Storage(why),
-                    other => other,
-                };
-                turn.ending = Some(Ending::Fail(error));
-            }
+            Err(error) => turn.fail_commit(error),
         }
     }
 }

@@ -306,6 +306,10 @@ impl Run {
     /// Adds to the engine's receipt what only the caller knows: why known messages were not found, and the message
     /// at which the restored tokens end.
     fn explain(&self, mut receipt: Receipt) -> Receipt {
+        if self.miss.as_ref().is_some_and(|miss| miss.reason == "model_changed") {
+            // The uninterrupted run would have gone on under the model that is no longer there.
+            receipt.exact = false;
+        }
         // The last prompt token is always computed: its logits are what is sampled from.
         if receipt.restored_tokens + 1 >= self.spec.output_start {
             return receipt;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dormouse_engine::TurnSpec;
+use dormouse_engine::{Miss, TurnSpec};
 use dormouse_store::{FinishTurn, SessionRow, TurnRow};
 use serde_json::json;
 
@@ -51,6 +51,7 @@ impl Runtime {
             self.give_up(&row, turn_row, record).await?;
             return Ok(false);
         }
+        let model_changed = settings.fingerprint != records::hex(&model.fingerprint());
         let items = records::items(history.items)?;
         let mut chain = root_chain(&tenant, &engine, &settings);
         let system = settings.instructions.as_deref().map(|text| message("system", text));
@@ -71,7 +72,11 @@ impl Runtime {
             created_ms: turn_row.created_ms,
             chain,
             starts,
-            miss: None,
+            miss: model_changed.then(|| Miss {
+                reason: "model_changed".into(),
+                at_token: 0,
+                at_message: None,
+            }),
             gate: None,
         };
         // The engine publishes the durable output again from its first token, and sees whether it had already ended.
