@@ -136,7 +136,7 @@ pub struct Receipt {
 pub enum EngineError {
     #[error("the prompt has {tokens} tokens, the context holds {context}")]
     ContextOverflow { tokens: usize, context: usize },
-    #[error("no room for KV pages: {0}")]
+    #[error("{0}")]
     OutOfSpace(String),
     #[error("another writer took the session (its lease moved on)")]
     LeaseLost,

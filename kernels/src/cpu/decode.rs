@@ -39,26 +39,29 @@ pub fn decode_row<L: Lanes>(ty: GgmlType, src: &[u8], dst: &mut [f32]) {
     }
 }
 
-/// The dot products of `R` rows with one token's activations, decoded in registers; None for types that have no such
+/// The dot products of four rows with one token's activations, decoded in registers; None for types that have no such
 /// path. The same bits as [`decode_row`] and then a product, since the terms and their order are the same.
 #[inline(always)]
-pub fn dot_rows<L: Lanes, const R: usize>(ty: GgmlType, rows: &[&[u8]; R], x: &[f32]) -> Option<[f32; R]> {
+pub fn dot_rows<L: Lanes>(ty: GgmlType, rows: [&[u8]; 4], x: &[f32]) -> Option<[f32; 4]> {
+    // Written out for four rows: accumulators in an array that a loop indexes would live in memory.
     macro_rules! pairs {
         ($bytes:literal, $decode:ident) => {{
-            let mut sums = [L::zero(); R];
-            for (index, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let x = x.as_chunks::<32>().0;
+            let [p, q, r, s] = rows;
+            let [p, q, r, s] = [p, q, r, s].map(|row| &row.as_chunks::<$bytes>().0[..x.len()]);
+            let (mut p_sum, mut q_sum, mut r_sum, mut s_sum) = (L::zero(), L::zero(), L::zero(), L::zero());
+            for (i, x) in x.iter().enumerate() {
                 let (a, b) = (L::load(sixteen(x, 0)), L::load(sixteen(x, 16)));
-                for r in 0..R {
-                    let block = rows[r][index * $bytes..][..$bytes].first_chunk::<$bytes>()?;
-                    let (first, second) = $decode::<L>(block);
-                    sums[r] = b.mul_add(second, a.mul_add(first, sums[r]));
-                }
+                let (first, second) = $decode::<L>(&p[i]);
+                p_sum = b.mul_add(second, a.mul_add(first, p_sum));
+                let (first, second) = $decode::<L>(&q[i]);
+                q_sum = b.mul_add(second, a.mul_add(first, q_sum));
+                let (first, second) = $decode::<L>(&r[i]);
+                r_sum = b.mul_add(second, a.mul_add(first, r_sum));
+                let (first, second) = $decode::<L>(&s[i]);
+                s_sum = b.mul_add(second, a.mul_add(first, s_sum));
             }
-            let mut dots = [0.0; R];
-            for r in 0..R {
-                dots[r] = sums[r].sum();
-            }
-            Some(dots)
+            Some(L::sum4([p_sum, q_sum, r_sum, s_sum]))
         }};
     }
     match ty {
@@ -101,7 +104,7 @@ fn words(bytes: &[u8; 32]) -> [u16; LANES] {
 
 #[inline(always)]
 fn q4_0<L: Lanes>(block: &[u8; 18]) -> (L, L) {
-    let d = L::splat(half_at(block, 0));
+    let d = L::splat_f16([block[0], block[1]]);
     let (low, high) = nibbles(&block[2..]);
     let eight = L::splat(8.0);
     (L::load_u8(&low).sub(eight).mul(d), L::load_u8(&high).sub(eight).mul(d))
@@ -109,14 +112,14 @@ fn q4_0<L: Lanes>(block: &[u8; 18]) -> (L, L) {
 
 #[inline(always)]
 fn q4_1<L: Lanes>(block: &[u8; 20]) -> (L, L) {
-    let (d, m) = (L::splat(half_at(block, 0)), L::splat(half_at(block, 2)));
+    let (d, m) = (L::splat_f16([block[0], block[1]]), L::splat_f16([block[2], block[3]]));
     let (low, high) = nibbles(&block[4..]);
     (L::load_u8(&low).mul(d).add(m), L::load_u8(&high).mul(d).add(m))
 }
 
 #[inline(always)]
 fn q5_0<L: Lanes>(block: &[u8; 22]) -> (L, L) {
-    let d = L::splat(half_at(block, 0));
+    let d = L::splat_f16([block[0], block[1]]);
     let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     let (mut low, mut high) = nibbles(&block[6..]);
     for i in 0..LANES {
@@ -129,7 +132,7 @@ fn q5_0<L: Lanes>(block: &[u8; 22]) -> (L, L) {
 
 #[inline(always)]
 fn q8_0<L: Lanes>(block: &[u8; 34]) -> (L, L) {
-    let d = L::splat(half_at(block, 0));
+    let d = L::splat_f16([block[0], block[1]]);
     (L::load_i8(first16(&block[2..])).mul(d), L::load_i8(first16(&block[18..])).mul(d))
 }
 

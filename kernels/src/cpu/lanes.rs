@@ -28,6 +28,8 @@ pub trait Lanes: Copy {
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn max(self, other: Self) -> Self;
+    /// All lanes the half-precision number with these bits.
+    fn splat_f16(bits: [u8; 2]) -> Self;
     fn load_f16(from: &[u16; LANES]) -> Self;
     fn load_bf16(from: &[u16; LANES]) -> Self;
     fn load_u8(from: &[u8; LANES]) -> Self;
@@ -139,6 +141,10 @@ impl Lanes for Portable {
         self.zip(other, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    fn splat_f16(bits: [u8; 2]) -> Self {
+        Self::splat(f16::from_le_bytes(bits).to_f32())
+    }
+    #[inline(always)]
     fn load_f16(from: &[u16; LANES]) -> Self {
         Portable(from.map(|bits| f16::from_bits(bits).to_f32()))
     }
@@ -228,6 +234,11 @@ mod x86 {
             intrinsic!(Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)))
         }
         #[inline(always)]
+        fn splat_f16(bits: [u8; 2]) -> Self {
+            let bits = i32::from(u16::from_le_bytes(bits));
+            Self::splat(intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))))
+        }
+        #[inline(always)]
         fn load_f16(from: &[u16; LANES]) -> Self {
             intrinsic! {
                 let p = from.as_ptr().cast::<__m128i>();
@@ -311,6 +322,11 @@ mod x86 {
         #[inline(always)]
         fn max(self, other: Self) -> Self {
             intrinsic!(Avx512(_mm512_max_ps(self.0, other.0)))
+        }
+        #[inline(always)]
+        fn splat_f16(bits: [u8; 2]) -> Self {
+            let bits = i32::from(u16::from_le_bytes(bits));
+            Self::splat(intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))))
         }
         #[inline(always)]
         fn load_f16(from: &[u16; LANES]) -> Self {

@@ -113,7 +113,7 @@ fn product_rows<L: Lanes>(
         if x.len() == cols && rows == TILE_ROWS {
             let packed =
                 [weights.row(tile), weights.row(tile + 1), weights.row(tile + 2), weights.row(tile + 3)];
-            if let Some(dots) = dot_rows::<L, TILE_ROWS>(weights.ty, &packed, x) {
+            if let Some(dots) = dot_rows::<L>(weights.ty, packed, x) {
                 for (row, dot) in dots.into_iter().enumerate() {
                     out.set(tile + row, dot);
                 }
