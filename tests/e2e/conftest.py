@@ -10,6 +10,13 @@ import harness
 from harness import Server
 
 
+SEED = os.environ.get("DORMOUSE_TEST_SEED") or str(random.SystemRandom().randrange(10**6))
+
+
+def pytest_report_header():
+    return f"random points: DORMOUSE_TEST_SEED={SEED} plays them again"
+
+
 def pytest_configure():
     if not harness.BINARY.exists():
         sys.exit(f"there is no {harness.BINARY}: run `cargo build -p dormouse`")
@@ -54,9 +61,7 @@ def client(server):
     return server.openai()
 
 
-@pytest.fixture(scope="session")
-def dice():
-    """Random points for kills and damage; DORMOUSE_TEST_SEED plays a failure again."""
-    seed = int(os.environ.get("DORMOUSE_TEST_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"\nrandom points by DORMOUSE_TEST_SEED={seed}")
-    return random.Random(seed)
+@pytest.fixture
+def dice(request):
+    """Random points for kills and damage, a test's own: it can be played again alone."""
+    return random.Random(f"{SEED} {request.node.name}")

@@ -122,7 +122,7 @@ pub struct SessionsArguments {
 
 #[derive(Debug, Subcommand)]
 pub enum SessionsCommand {
-    /// All sessions, the last used first
+    /// All sessions, the newest first
     Ls {
         /// Also those that chat requests made for themselves
         #[arg(long)]

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use dormouse_session::ChatRequest;
+use dormouse_session::{ChatRequest, Session, SessionError};
 
 use super::chat_answer::{self, Answer};
 use super::sessions::check_name;
@@ -17,14 +17,24 @@ const MOST_CHOICES: i64 = 16;
 
 pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
     let fields = Fields::new(&body);
-    let request = parse_chat(&fields, random_u64()?)?;
+    let mut request = parse_chat(&fields, random_u64()?)?;
     let delivery = parse_delivery(&fields)?;
     let permit = app.admit()?;
+    if let Some(session) = &request.session {
+        match app.runtime.get(&app.tenant, session).await {
+            Ok(session) => {
+                go_on_in(&session, &mut request, fields.get("seed").is_some())?;
+            }
+            // A name that does not exist yet is created.
+            Err(SessionError::SessionNotFound(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     let (model, session) = (request.model.clone(), request.session.is_some());
     let logprobs = request.generation.sampling.logprobs.is_some();
     let streams = app.runtime.chat(&app.tenant, request).await?;
     let Some(first) = streams.first() else {
-        return Err(dormouse_session::SessionError::Internal("no answer was begun".into()).into());
+        return Err(SessionError::Internal("no answer was begun".into()).into());
     };
     // A session answers with its own model, whatever the request said.
     let model = if session { Some(app.runtime.get(&app.tenant, &first.session).await?.model) } else { model };
@@ -42,6 +52,18 @@ pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Res
         return Ok(chat_answer::stream(answer, streams, permit));
     }
     Ok(Json(chat_answer::whole(&answer, streams).await?).into_response())
+}
+
+/// A session answers with its own model and, where the request has none, its own seed, whichever door it came through.
+fn go_on_in(session: &Session, request: &mut ChatRequest, seeded: bool) -> Result<(), ApiError> {
+    if let Some(model) = request.model.as_deref().filter(|model| *model != session.model) {
+        let text = format!("model: the session was begun with '{}', not with '{model}'", session.model);
+        return Err(ApiError::invalid("model", text));
+    }
+    if !seeded {
+        request.generation.sampling.seed = session.seed;
+    }
+    Ok(())
 }
 
 /// How the answer is to come.

@@ -78,6 +78,10 @@ pub async fn cancel(
 
 /// The request, and whether its answer is to be streamed.
 fn parse_turn(fields: &Fields<'_>) -> Result<(TurnRequest, bool), ApiError> {
+    if fields.integer("n", 1..=i64::MAX)?.is_some_and(|n| n > 1) {
+        let text = "n: a session goes on with one answer; fork it for others, or leave n out";
+        return Err(ApiError::unsupported("n", text));
+    }
     let request = TurnRequest {
         input: messages::parse_input(fields)?,
         generation: generation::parse(fields, 0)?,
