@@ -1,45 +1,81 @@
-//! ad hoc
-use dormouse_kernels::cpu::attention::Sequence;
-use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PagePtr};
-use dormouse_models::config::ModelConfig;
-use dormouse_models::decoder::{Activations, Batch, Decoder};
-use dormouse_models::gguf::GgufFile;
+//! How fast the decoder computes: prefill and decode at several depths, without server, scheduler or disk.
+//!
+//! `cargo run --release -p dormouse-benches -- MODEL.gguf [THREADS]`
+
+use std::error::Error;
 use std::time::Instant;
-fn main() {
-    let file = GgufFile::open(std::path::Path::new(&std::env::args().nth(1).unwrap())).unwrap();
-    let d = Decoder::new(&file, ModelConfig::from_gguf(&file).unwrap()).unwrap();
-    let layout = d.page_layout(KvDtype::F16);
-    let n = 4400usize;
-    let mut memory = vec![vec![0u32; layout.page_bytes() / 4]; n.div_ceil(PAGE_TOKENS)];
-    let pages: Vec<PagePtr> =
-        memory.iter_mut().map(|p| unsafe { PagePtr::new(p.as_mut_ptr().cast()) }).collect();
-    let cpu = Cpu::new(2).unwrap();
-    println!("{}", cpu.numerics());
-    let mut work = Activations::default();
-    let mut go = |start: usize, rows: usize| {
-        let tokens: Vec<u32> =
-            (start..start + rows).map(|i| 300 + (i as u32).wrapping_mul(2654435761) % 40000).collect();
-        let seq = Sequence { pages: &pages, first_row: 0, rows, start };
-        let t = Instant::now();
-        d.forward(
-            &cpu,
-            &layout,
-            &Batch { tokens: &tokens, sequences: &[seq], logit_rows: &[rows - 1] },
-            &mut work,
-        );
-        t.elapsed().as_secs_f64()
-    };
-    let p512: f64 = go(0, 256) + go(256, 256);
-    println!("prefill 512: {:.0} tok/s", 512.0 / p512);
-    let dec: f64 = (0..30).map(|i| go(512 + i, 1)).sum::<f64>() / 30.0;
-    println!("decode @512: {:.1} tok/s", 1.0 / dec);
-    let dec: f64 = (0..30).map(|i| go(i, 1)).sum::<f64>() / 30.0;
-    println!("decode @0: {:.1} tok/s", 1.0 / dec);
-    let t = Instant::now();
-    for c in 2..16 {
-        go(c * 256, 256);
+
+use dormouse_kernels::cpu::attention::Sequence;
+use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
+use dormouse_models::decoder::{Activations, Batch, Decoder};
+use dormouse_models::source::ModelSource;
+
+const CHUNK: usize = 256;
+const DEPTHS: [usize; 3] = [0, 512, 4096];
+const DECODE_STEPS: usize = 30;
+
+/// One sequence, with its pages in plain memory.
+struct Bench {
+    decoder: Decoder,
+    layout: PageLayout,
+    cpu: Cpu,
+    _memory: Vec<Vec<u64>>,
+    pages: Vec<PagePtr>,
+    work: Activations,
+}
+
+impl Bench {
+    fn new(path: &str, threads: usize) -> Result<Bench, Box<dyn Error>> {
+        let source = ModelSource::open(path)?;
+        let decoder = Decoder::new(&source, source.config()?)?;
+        let layout = decoder.page_layout(KvDtype::F16);
+        let positions = DEPTHS[DEPTHS.len() - 1] + CHUNK;
+        let page = vec![0u64; layout.page_bytes().div_ceil(8)];
+        let mut memory = vec![page; positions.div_ceil(PAGE_TOKENS)];
+        // SAFETY: each vector holds a page and lives as long as the bench, which alone uses it.
+        let pages = memory.iter_mut().map(|page| unsafe { PagePtr::new(page.as_mut_ptr().cast()) }).collect();
+        let cpu = Cpu::new(threads)?;
+        Ok(Bench { decoder, layout, cpu, _memory: memory, pages, work: Activations::default() })
     }
-    println!("prefill 512..4096: {:.0} tok/s", 3584.0 / t.elapsed().as_secs_f64());
-    let dec: f64 = (0..30).map(|i| go(4096 + i, 1)).sum::<f64>() / 30.0;
-    println!("decode @4096: {:.1} tok/s", 1.0 / dec);
+
+    /// Computes `rows` tokens from position `start` on; returns the seconds it took.
+    fn compute(&mut self, start: usize, rows: usize) -> f64 {
+        let vocab = self.decoder.config().vocab as u32;
+        let tokens: Vec<u32> =
+            (start..start + rows).map(|i| (i as u32).wrapping_mul(2_654_435_761) % vocab).collect();
+        let sequence = Sequence { pages: &self.pages, first_row: 0, rows, start };
+        let batch = Batch { tokens: &tokens, sequences: &[sequence], logit_rows: &[rows - 1] };
+        let begun = Instant::now();
+        self.decoder.forward(&self.cpu, &self.layout, &batch, &mut self.work);
+        begun.elapsed().as_secs_f64()
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let path = arguments.next().ok_or("usage: dormouse-benches MODEL.gguf [THREADS]")?;
+    let cores = std::thread::available_parallelism()?.get();
+    let threads = arguments.next().map_or(Ok(cores), |threads| threads.parse())?;
+    let mut bench = Bench::new(&path, threads)?;
+    println!("{path}: {threads} threads, {}", bench.cpu.numerics());
+
+    let mut filled = 0;
+    for depth in DEPTHS {
+        let begun = filled;
+        let mut seconds = 0.0;
+        while filled < depth {
+            seconds += bench.compute(filled, CHUNK);
+            filled += CHUNK;
+        }
+        if filled > begun {
+            println!(
+                "prefill {begun:>4} to {filled:<4}  {:>7.1} tokens/s",
+                (filled - begun) as f64 / seconds
+            );
+        }
+        let mut steps: Vec<f64> = (0..DECODE_STEPS).map(|step| bench.compute(depth + step, 1)).collect();
+        steps.sort_by(f64::total_cmp);
+        println!("decode at {depth:<4}       {:>7.1} tokens/s", 1.0 / steps[DECODE_STEPS / 2]);
+    }
+    Ok(())
 }

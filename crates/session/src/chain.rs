@@ -25,13 +25,14 @@ impl Chain {
         Chain { hash: *hasher.finalize().as_bytes() }
     }
 
-    /// The hash after one more message. Reasoning does not count, nor does white space around the text: clients
-    /// drop the one, and trim the other.
+    /// The hash after one more message. Reasoning does not count, nor does white space around an answer: clients drop
+    /// the one, and trim the other. What they wrote themselves they send again as it was.
     pub fn add(&mut self, message: &Message) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("dormouse message chain v1");
         hasher.update(&self.hash);
-        part(&mut hasher, text(message, "role").as_bytes());
-        part(&mut hasher, content(message).trim().as_bytes());
+        let (role, content) = (text(message, "role"), content(message));
+        part(&mut hasher, role.as_bytes());
+        part(&mut hasher, if role == "assistant" { content.trim() } else { content }.as_bytes());
         part(&mut hasher, text(message, "name").as_bytes());
         part(&mut hasher, text(message, "tool_call_id").as_bytes());
         let calls = message.get("tool_calls").filter(|calls| !calls.is_null()).map(Value::to_string);

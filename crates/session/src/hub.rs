@@ -36,9 +36,11 @@ struct Follower {
 }
 
 impl Follower {
-    /// False when nobody listens any more.
+    /// False when nobody listens any more. The end is told whatever is known: a failed turn may have told more than
+    /// became durable, and then counts fewer events than its followers did.
     fn tell(&self, event: &TurnEvent) -> bool {
-        match self.starting_after.is_some_and(|after| event.sequence_number <= after) {
+        let known = self.starting_after.is_some_and(|after| event.sequence_number <= after);
+        match known && !event.body.is_last() {
             true => !self.events.is_closed(),
             false => self.events.send(event.clone()).is_ok(),
         }
@@ -91,7 +93,15 @@ impl Hub {
         self.warm.send_replace(true);
     }
 
-    /// Everything after `starting_after` (from the start when None), then what follows.
+    /// The text that no token made certain, once it is known that none follows. Nothing where more was told than became
+    /// durable: then it was told already.
+    pub fn publish_rest(&self, sequence_number: u64, rest: TurnEventBody) {
+        if self.state().events.last().is_none_or(|last| last.sequence_number < sequence_number) {
+            self.publish(sequence_number, rest);
+        }
+    }
+
+    /// Everything after `starting_after` (from the start when None) and in any case the end, then what follows.
     pub fn follow(&self, starting_after: Option<u64>) -> mpsc::UnboundedReceiver<TurnEvent> {
         // A follower that does not read holds at most the turn's own events.
         let (sender, events) = mpsc::unbounded_channel();
@@ -140,6 +150,7 @@ impl Hub {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::{Turn, TurnStatus, Usage};
 
     fn delta(text: &str) -> TurnEventBody {
         TurnEventBody::Delta { delta: text.into(), token: 5, logprob: None }
@@ -180,6 +191,33 @@ mod tests {
         }
         hub.abandon();
         assert_eq!(numbers(again).await, [5, 6]);
+    }
+
+    #[tokio::test]
+    async fn the_end_is_told_even_to_those_who_saw_higher_numbers() {
+        let hub = Hub::new("s", "t", false);
+        let ahead = hub.follow(Some(40));
+        hub.publish(2, delta("a"));
+        hub.publish_rest(2, delta("told already"));
+        hub.publish_rest(3, delta("b"));
+        assert_eq!(hub.text(), "ab");
+        let turn = Turn {
+            id: "t".into(),
+            object: "session.turn".into(),
+            session: "s".into(),
+            status: TurnStatus::Failed,
+            background: false,
+            created_at: 0,
+            completed_at: None,
+            finish_reason: None,
+            error: None,
+            output_text: "ab".into(),
+            usage: Usage::default(),
+            dormouse: None,
+        };
+        hub.publish(4, TurnEventBody::Failed { turn: Box::new(turn) });
+        assert_eq!(numbers(ahead).await, [4]);
+        assert_eq!(numbers(hub.follow(Some(40))).await, [4]);
     }
 
     #[test]

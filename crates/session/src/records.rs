@@ -29,7 +29,9 @@ pub(crate) struct Settings {
 impl Settings {
     /// When the sweeper may take a session that was last used at `now_ms`.
     pub fn expires_ms(&self, now_ms: u64) -> Option<u64> {
-        self.ttl_seconds.filter(|_| !self.pinned).map(|ttl| now_ms.saturating_add(ttl.saturating_mul(1000)))
+        // The database's integers are signed.
+        let after = |ttl: u64| now_ms.saturating_add(ttl.saturating_mul(1000)).min(i64::MAX as u64);
+        self.ttl_seconds.filter(|_| !self.pinned).map(after)
     }
 }
 
@@ -47,11 +49,15 @@ pub(crate) struct TurnRecord {
     pub finish_reason: Option<FinishReason>,
     pub error: Option<String>,
     pub output_text: String,
+    /// The output tokens of an answer that ended with a stop string: the next turn takes them out of the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<Vec<u32>>,
     pub usage: Usage,
     pub receipt: Option<Receipt>,
 }
 
-/// A message, and whether the model generated it (then its token range is exact).
+/// A message, and whether the model generated it: then its token range is exact, and stays in the log as it was
+/// sampled.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct StoredMessage {
     pub message: Message,

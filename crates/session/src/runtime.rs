@@ -44,6 +44,9 @@ pub(crate) struct Inner {
     pub stopping: AtomicBool,
     /// Turns that run in this process, by id.
     running: Mutex<HashMap<String, Arc<Hub>>>,
+    /// Shared by who begins a turn, from before it is in the database until it is in `running`; alone by who takes up
+    /// a turn that is in the database and not in `running`.
+    pub unregistered: tokio::sync::RwLock<()>,
     /// Wakes those who follow a session's events.
     changes: Mutex<HashMap<String, watch::Sender<()>>>,
     /// Every task that drives a turn holds a clone; shutdown drops this one and waits for the others.
@@ -84,6 +87,7 @@ impl Runtime {
             started_at: ids::now_ms() / 1000,
             stopping: AtomicBool::new(false),
             running: Mutex::default(),
+            unregistered: tokio::sync::RwLock::default(),
             changes: Mutex::default(),
             alive: Mutex::new(Some(alive)),
             ended: tokio::sync::Mutex::new(ended),
