@@ -16,7 +16,7 @@ use dormouse_models::model::{LoadOptions, hash_weights};
 use dormouse_session::{Runtime, RuntimeOptions};
 use dormouse_store::{Store, WeightsFile};
 
-use crate::config::{Config, Durability};
+use crate::config::Config;
 use crate::sizes::Bytes;
 use crate::weights::ModelFile;
 
@@ -68,7 +68,7 @@ pub async fn assemble(config: &Config, models: &[ModelFile]) -> Result<Running> 
 pub fn open_store(config: &Config) -> Result<Store> {
     make_private_folder(&config.data_dir)?;
     make_private_folder(&config.pages_dir())?;
-    Ok(Store::open(&config.data_dir, store_durability(config.durability))?)
+    Ok(Store::open(&config.data_dir, config.durability)?)
 }
 
 fn start_engine(
@@ -79,14 +79,7 @@ fn start_engine(
 ) -> Result<(Engine, OpenPages)> {
     let (cpu, model) = load_model(config, store, file)?;
     let (pool, page_file, opened) = open_pages(config, store, &model, quota)?;
-    let engine = Engine::start(
-        Arc::new(model),
-        cpu,
-        pool,
-        page_file,
-        store.clone(),
-        kv_durability(config.durability),
-    )?;
+    let engine = Engine::start(Arc::new(model), cpu, pool, page_file, store.clone(), config.durability)?;
     Ok((engine, opened))
 }
 
@@ -239,22 +232,6 @@ pub fn make_private_folder(path: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.with_context(|| format!("cannot make the folder {}", path.display()))
-}
-
-fn store_durability(durability: Durability) -> dormouse_store::Durability {
-    match durability {
-        Durability::Power => dormouse_store::Durability::Power,
-        Durability::Process => dormouse_store::Durability::Process,
-        Durability::None => dormouse_store::Durability::None,
-    }
-}
-
-fn kv_durability(durability: Durability) -> dormouse_kv::Durability {
-    match durability {
-        Durability::Power => dormouse_kv::Durability::Power,
-        Durability::Process => dormouse_kv::Durability::Process,
-        Durability::None => dormouse_kv::Durability::None,
-    }
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@ use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use dormouse_kernels::KvDtype;
+use dormouse_store::Durability;
 use serde::Deserialize;
 
 use crate::sizes::Bytes;
@@ -43,20 +45,16 @@ pub struct Settings {
     #[arg(long, global = true, env = "DORMOUSE_DISK_QUOTA", value_name = "SIZE")]
     pub disk_quota: Option<Bytes>,
     /// What an acknowledged token survives: loss of power, the process's end, or nothing promised [default: power]
-    #[arg(long, global = true, env = "DORMOUSE_DURABILITY")]
+    #[arg(long, global = true, env = "DORMOUSE_DURABILITY", value_parser = durability_values())]
     pub durability: Option<Durability>,
     /// Key that clients must send as `Authorization: Bearer KEY`
     #[arg(long, global = true, env = "DORMOUSE_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub api_key: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Durability {
-    Process,
-    #[default]
-    Power,
-    None,
+fn durability_values() -> impl TypedValueParser<Value = Durability> {
+    PossibleValuesParser::new(Durability::ALL.map(Durability::name))
+        .map(|name| Durability::parse(&name).unwrap_or_default())
 }
 
 /// The TOML file.

@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use dormouse_kernels::Cpu;
-use dormouse_kv::{Durability, PagePool};
+use dormouse_kv::PagePool;
 use dormouse_models::{Model, TokenId};
-use dormouse_store::Store;
+use dormouse_store::{Durability, Store};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 

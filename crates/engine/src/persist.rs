@@ -3,8 +3,8 @@
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
-use dormouse_kv::{Durability, SyncRange, Ticket};
-use dormouse_store::{StepCommit, Store, StoreError};
+use dormouse_kv::{SyncRange, Ticket};
+use dormouse_store::{Durability, StepCommit, Store, StoreError};
 
 use crate::EngineError;
 use crate::worker::Command;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dormouse_store::{PageRow, RemovedPage};
+use dormouse_store::{Durability, PageRow, RemovedPage};
 
 use crate::KvError;
 use crate::file::MappedRange;
@@ -14,18 +14,6 @@ use crate::table::{BlockTable, TableId};
 
 /// With more ranges than this, one `fdatasync` of the file is cheaper: every `msync` waits for the disk's cache.
 const MOST_RANGES_TO_SYNC: usize = 4;
-
-/// What a commit survives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Durability {
-    /// Loss of power: bytes are on disk before the catalog names them.
-    #[default]
-    Power,
-    /// The end of the process, however sudden: the mapping gives that already.
-    Process,
-    /// Nothing is promised; for benchmarks.
-    None,
-}
 
 /// Names a commit until it is acknowledged or withdrawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

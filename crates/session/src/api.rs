@@ -173,9 +173,11 @@ pub struct Usage {
 }
 
 /// One event of a turn's stream. The sequence number is a function of what is said, not of when: 0 `created`,
-/// 1 `in_progress`, `2 + i` the text of output token `i` (absent when that token made no text certain and
-/// no logprobs were asked for), then the
-/// end. So a turn finished after a crash numbers its events as the uninterrupted one would have.
+/// 1 `in_progress`, `2 + i` the text of output token `i` (absent when that token made no text certain and no logprobs
+/// were asked for). After `n` output tokens `2 + n` is the text that was held back until none followed (absent when
+/// there is none), and `3 + n` the end. So a turn finished after a crash numbers its events as the uninterrupted one
+/// would have. Log-probabilities are kept while the turn runs; afterwards its events come without them, and those that
+/// told nothing else not at all.
 #[derive(Clone, Debug, Serialize)]
 pub struct TurnEvent {
     pub sequence_number: u64,
@@ -212,6 +214,13 @@ impl TurnEventBody {
             self,
             TurnEventBody::Completed { .. } | TurnEventBody::Cancelled { .. } | TurnEventBody::Failed { .. }
         )
+    }
+}
+
+impl Turn {
+    /// The sequence number of the turn's last event, once it is over.
+    pub fn last_number(&self) -> u64 {
+        3 + self.usage.completion_tokens as u64
     }
 }
 

@@ -3,12 +3,13 @@
 use std::time::Instant;
 
 use dormouse_engine::{Claim, Engine, Receipt, Tier};
-use dormouse_store::{Cut, History, Leaf, NewSession};
+use dormouse_store::{Cut, History, Leaf, NewSession, StoreError};
 use serde_json::json;
 
 use crate::api::*;
 use crate::records::{self, Settings, decode, encode, new_event};
 use crate::runtime::{Runtime, detached};
+use crate::turns::PLANNING_ATTEMPTS;
 use crate::{cut, ids};
 
 impl Runtime {
@@ -23,21 +24,27 @@ impl Runtime {
     ) -> Result<(Session, Receipt), SessionError> {
         let began = Instant::now();
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
-        let (history, log) = self.inner.store.conversation(&id).await?;
-        let settings: Settings = decode(&history.settings)?;
-        let engine = self.inner.engine_of(&settings)?.clone();
-        let cut = cut::at(&history, &log, engine.model().tokenizer(), at.as_ref(), "at")?;
-        let expires_ms = settings.expires_ms(ids::now_ms());
-        let branch = Branch { history, log, settings, engine, cut, name, implicit: false, expires_ms };
-        self.branch(tenant, branch, began).await
+        for _ in 0..PLANNING_ATTEMPTS {
+            let (history, log) = self.inner.store.conversation(&id).await?;
+            let settings: Settings = decode(&history.settings)?;
+            let engine = self.inner.engine_of(&settings)?.clone();
+            let cut = cut::at(&history, &log, engine.model().tokenizer(), at.as_ref(), "at")?;
+            let (name, expires_ms) = (name.clone(), settings.expires_ms(ids::now_ms()));
+            let branch = Branch { history, log, settings, engine, cut, name, implicit: false, expires_ms };
+            if let Some(forked) = self.branch(tenant, branch, began).await? {
+                return Ok(forked);
+            }
+        }
+        Err(overtaken(id))
     }
 
+    /// None when the source has moved on since the branch's history was read.
     pub(crate) async fn branch(
         &self,
         tenant: &Tenant,
         branch: Branch,
         began: Instant,
-    ) -> Result<(Session, Receipt), SessionError> {
+    ) -> Result<Option<(Session, Receipt)>, SessionError> {
         let (runtime, tenant) = (self.clone(), tenant.clone());
         detached(async move { runtime.branch_now(&tenant, branch, began).await }).await
     }
@@ -47,7 +54,7 @@ impl Runtime {
         tenant: &Tenant,
         branch: Branch,
         began: Instant,
-    ) -> Result<(Session, Receipt), SessionError> {
+    ) -> Result<Option<(Session, Receipt)>, SessionError> {
         let Branch { history, mut log, mut settings, engine, cut, name, implicit, expires_ms } = branch;
         let _alive = self.inner.keep_alive()?;
         let source = history.session;
@@ -66,12 +73,16 @@ impl Runtime {
             events: vec![new_event("session.created", None, data)],
             now_ms: ids::now_ms(),
         };
-        let forked = self.inner.store.fork_session(&source.id, cut, new, leaf(&engine, claim)).await;
+        let leaf = leaf(&engine, claim);
+        let forked = self.inner.store.fork_session(&source.id, source.fence, cut, new, leaf).await;
         let row = match forked {
             Ok(row) => row,
             Err(why) => {
                 engine.unclaim(claim.leaf_slot, false).await;
-                return Err(why.into());
+                return match why {
+                    StoreError::LeaseLost { .. } => Ok(None),
+                    why => Err(why.into()),
+                };
             }
         };
         let receipt = Receipt {
@@ -82,44 +93,60 @@ impl Runtime {
             exact: true,
             ..Receipt::default()
         };
-        Ok((self.inner.session(row, settings), receipt))
+        Ok(Some((self.inner.session(row, settings), receipt)))
     }
 
     /// Forgets what came after `to`; the event log stays and says so. A busy session is not rewound.
     pub async fn rewind(&self, tenant: &Tenant, session: &str, to: Place) -> Result<Session, SessionError> {
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
         let runtime = self.clone();
-        detached(async move { runtime.rewind_now(id, to).await }).await
+        detached(async move {
+            for _ in 0..PLANNING_ATTEMPTS {
+                if let Some(rewound) = runtime.rewind_now(&id, &to).await? {
+                    return Ok(rewound);
+                }
+            }
+            Err(overtaken(id))
+        })
+        .await
     }
 
-    async fn rewind_now(&self, id: String, to: Place) -> Result<Session, SessionError> {
+    /// None when the session has moved on since its history was read.
+    async fn rewind_now(&self, id: &str, to: &Place) -> Result<Option<Session>, SessionError> {
         let _alive = self.inner.keep_alive()?;
-        let (history, mut log) = self.inner.store.conversation(&id).await?;
+        let (history, mut log) = self.inner.store.conversation(id).await?;
         if let Some(turn) = history.session.active_turn {
-            return Err(SessionError::Busy { session: id, turn });
+            return Err(SessionError::Busy { session: id.to_owned(), turn });
         }
         let settings: Settings = decode(&history.settings)?;
         let engine = self.inner.engine_of(&settings)?;
-        let cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&to), "to")?;
+        let cut = cut::at(&history, &log, engine.model().tokenizer(), Some(to), "to")?;
         let data = json!({ "tokens": cut.tokens, "tokens_before": log.len(), "turns_dropped": history.turns.len() - cut.turns });
         log.truncate(cut.tokens);
         let claim = claim(engine, &settings, log).await?;
         let events = vec![new_event("session.rewound", None, data)];
-        let rewound =
-            self.inner.store.rewind_session(&id, cut, leaf(engine, claim), events, ids::now_ms()).await;
+        let (fence, leaf, now_ms) = (history.session.fence, leaf(engine, claim), ids::now_ms());
+        let rewound = self.inner.store.rewind_session(id, fence, cut, leaf, events, now_ms).await;
         let row = match rewound {
             Ok(row) => row,
             Err(why) => {
                 engine.unclaim(claim.leaf_slot, false).await;
-                return Err(why.into());
+                return match why {
+                    StoreError::LeaseLost { .. } => Ok(None),
+                    why => Err(why.into()),
+                };
             }
         };
         if history.session.page_file == Some(engine.page_file()) {
             engine.unclaim(history.session.leaf_slot, false).await;
         }
-        self.inner.changed(&id);
-        Ok(self.inner.session(row, settings))
+        self.inner.changed(id);
+        Ok(Some(self.inner.session(row, settings)))
     }
+}
+
+fn overtaken(session: String) -> SessionError {
+    SessionError::Busy { session, turn: "(another writer's)".into() }
 }
 
 /// A fork on its way.

@@ -71,6 +71,9 @@ mod tests {
         echoed[1].insert("reasoning_content".into(), "hmm".into());
         echoed[1].insert("tool_calls".into(), Value::Null);
         assert_eq!(hash(&said), hash(&echoed));
+        // What a client wrote itself it sends again as it was, and another indentation is another text.
+        let indented = [message("user", "    hi"), message("assistant", "Hello!")];
+        assert_ne!(hash(&said), hash(&indented));
     }
 
     #[test]

@@ -5,24 +5,46 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dormouse_engine::Miss;
-use dormouse_store::Cut;
+use dormouse_store::{Cut, StoreError};
 
 use crate::api::*;
 use crate::branches::Branch;
 use crate::hub::Hub;
 use crate::records::{Settings, decode};
 use crate::runtime::{Runtime, detached};
-use crate::turns::{Start, root_chain};
+use crate::turns::{Known, PLANNING_ATTEMPTS, Start, root_chain};
 use crate::{cut, ids};
 
 /// Where a conversation goes on.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 struct Base {
     session: String,
-    /// Tokens of that session's log that hold the known messages.
-    position: usize,
+    /// Leading messages of the request that the session holds.
+    messages: usize,
+    known: Known,
     /// The session ends there, and belongs to nobody else.
     continuable: bool,
+}
+
+/// What the choices of a request have in common.
+struct Whole {
+    settings: Settings,
+    messages: Vec<Message>,
+    base: Option<Base>,
+    store: bool,
+}
+
+impl Whole {
+    /// `start` with the messages that are new after `base`, in a session that holds just that.
+    fn after(&self, base: Option<&Base>, start: &Start) -> Start {
+        let known = base.map_or(0, |base| base.messages);
+        Start {
+            input: self.messages[known..].to_vec(),
+            known: base.map(|base| base.known),
+            miss: miss(&self.messages, known),
+            ..start.clone()
+        }
+    }
 }
 
 impl Runtime {
@@ -79,21 +101,19 @@ impl Runtime {
     ) -> Result<Vec<TurnStream>, SessionError> {
         let create = CreateSession { tools: request.tools.clone(), ..CreateSession::default() };
         let settings = self.new_settings(request.model.as_deref(), &create)?;
-        let (known, base) = self.longest_known(tenant, &settings, &request.messages).await?;
+        let base = self.longest_known(tenant, &settings, &request.messages).await?;
+        let whole = Whole { settings, messages: request.messages, base, store: request.store };
         let mut streams: Vec<TurnStream> = Vec::with_capacity(request.n);
         let mut first: Option<Arc<Hub>> = None;
         for choice in 0..request.n.max(1) {
             let mut generation = request.generation.clone();
             generation.sampling.seed = ids::choice_seed(generation.sampling.seed, choice);
-            let mut start = Start::new(request.messages[known..].to_vec(), generation);
+            let mut start = Start::new(Vec::new(), generation);
             start.cancel_when_left = true;
             start.delete_after = !request.store;
-            start.miss = miss(&request.messages, known);
             // The other choices find the prompt's pages, once the first has computed them.
             start.gate = first.as_ref().map(|hub| hub.warm());
-            let begun =
-                self.begin_choice(tenant, &settings, base.clone(), choice, request.store, start).await;
-            match begun {
+            match self.begin_choice(tenant, &whole, choice, start).await {
                 Ok((hub, events)) => {
                     streams.push(events);
                     first.get_or_insert(hub);
@@ -108,23 +128,29 @@ impl Runtime {
     async fn begin_choice(
         &self,
         tenant: &Tenant,
-        settings: &Settings,
-        base: Option<Base>,
+        whole: &Whole,
         choice: usize,
-        store: bool,
         start: Start,
     ) -> Result<(Arc<Hub>, TurnStream), SessionError> {
-        if let Some(base) = base.as_ref().filter(|base| base.continuable && choice == 0 && store) {
-            match self.begin(tenant, &base.session, start.clone()).await {
+        if let Some(base) = whole.base.as_ref().filter(|base| base.continuable && choice == 0 && whole.store)
+        {
+            match self.begin(tenant, &base.session, whole.after(Some(base), &start)).await {
                 // Another request was faster: part from it.
                 Err(SessionError::Busy { .. } | SessionError::SessionNotFound(_)) => {}
                 begun => return begun,
             }
         }
         let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
-        let session = match base {
-            Some(base) => self.fork_at(tenant, &base, expires_ms).await?,
-            None => self.insert(tenant, None, settings, expires_ms, true).await?.id,
+        let forked = match &whole.base {
+            Some(base) => self.fork_at(tenant, base, expires_ms).await?.map(|id| (id, base)),
+            None => None,
+        };
+        let (session, start) = match forked {
+            Some((id, base)) => (id, whole.after(Some(base), &start)),
+            None => {
+                let row = self.insert(tenant, None, &whole.settings, expires_ms, true).await?;
+                (row.id, whole.after(None, &start))
+            }
         };
         match self.begin(tenant, &session, start).await {
             Ok(begun) => Ok(begun),
@@ -138,30 +164,51 @@ impl Runtime {
         }
     }
 
+    /// A session that begins with what `base` held when it was found; None when it does not any more: since then it
+    /// may have been deleted, or rewound and continued otherwise.
     async fn fork_at(
         &self,
         tenant: &Tenant,
         base: &Base,
         expires_ms: Option<u64>,
-    ) -> Result<String, SessionError> {
+    ) -> Result<Option<String>, SessionError> {
         let began = Instant::now();
-        let (history, log) = self.inner.store.conversation(&base.session).await?;
-        let settings: Settings = decode(&history.settings)?;
-        let engine = self.inner.engine_of(&settings)?.clone();
-        let place = Place::Token(base.position);
-        let cut: Cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&place), "messages")?;
-        let branch = Branch { history, log, settings, engine, cut, name: None, implicit: true, expires_ms };
-        Ok(self.branch(tenant, branch, began).await?.0.id)
+        for _ in 0..PLANNING_ATTEMPTS {
+            let (history, log) = match self.inner.store.conversation(&base.session).await {
+                Ok(found) => found,
+                Err(StoreError::SessionNotFound(_)) => return Ok(None),
+                Err(why) => return Err(why.into()),
+            };
+            if log.len() < base.known.tokens {
+                return Ok(None);
+            }
+            let settings: Settings = decode(&history.settings)?;
+            let engine = self.inner.engine_of(&settings)?.clone();
+            let place = Place::Token(base.known.tokens);
+            let cut: Cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&place), "messages")?;
+            if self.chain_of(tenant, &history, cut.items)? != base.known.hash || cut.partial_item.is_some() {
+                return Ok(None);
+            }
+            let branch =
+                Branch { history, log, settings, engine, cut, name: None, implicit: true, expires_ms };
+            match self.branch(tenant, branch, began).await {
+                Ok(Some((session, _))) => return Ok(Some(session.id)),
+                Ok(None) => {}
+                Err(SessionError::SessionNotFound(_)) => return Ok(None),
+                Err(why) => return Err(why),
+            }
+        }
+        Ok(None)
     }
 
-    /// The number of leading messages whose tokens a session's log holds, and that place. At least one message
-    /// stays, to be answered.
+    /// The most leading messages whose tokens a session's log holds, and that place. At least one message stays, to be
+    /// answered.
     async fn longest_known(
         &self,
         tenant: &Tenant,
         settings: &Settings,
         messages: &[Message],
-    ) -> Result<(usize, Option<Base>), SessionError> {
+    ) -> Result<Option<Base>, SessionError> {
         let engine = self.inner.engine_of(settings)?;
         let mut chain = root_chain(tenant, engine, settings);
         let (mut hashes, mut counts) = (Vec::new(), Vec::new());
@@ -173,21 +220,27 @@ impl Runtime {
             }
         }
         if hashes.is_empty() {
-            return Ok((0, None));
+            return Ok(None);
         }
-        let mut best: Option<(usize, Base)> = None;
-        for boundary in self.inner.store.find_boundaries(&tenant.0, hashes).await? {
-            let row = self.inner.store.session(&boundary.session).await?;
+        let mut best: Option<Base> = None;
+        for boundary in self.inner.store.find_boundaries(&tenant.0, hashes.clone()).await? {
+            let row = match self.inner.store.session(&boundary.session).await {
+                Ok(row) => row,
+                // Deleted since.
+                Err(StoreError::SessionNotFound(_)) => continue,
+                Err(why) => return Err(why.into()),
+            };
             if boundary.position > row.log_len {
                 continue;
             }
             let continuable = row.implicit && row.active_turn.is_none() && row.log_len == boundary.position;
-            let base = Base { session: row.id, position: boundary.position, continuable };
-            if best.as_ref().is_none_or(|(_, best)| continuable && !best.continuable) {
-                best = Some((counts[boundary.index], base));
+            if best.as_ref().is_none_or(|best| continuable && !best.continuable) {
+                let known = Known { tokens: boundary.position, hash: hashes[boundary.index] };
+                let messages = counts[boundary.index];
+                best = Some(Base { session: row.id, messages, known, continuable });
             }
         }
-        Ok(best.map_or((0, None), |(count, base)| (count, Some(base))))
+        Ok(best)
     }
 }
 
@@ -207,19 +260,5 @@ fn miss(messages: &[Message], known: usize) -> Option<Miss> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::records::message;
-
-    #[test]
-    fn a_history_with_unknown_answers_is_a_miss_with_a_reason() {
-        let (user, answer) = (message("user", "hi"), message("assistant", "Hello!"));
-        let reason = |messages: &[Message], known| miss(messages, known).map(|miss| miss.reason);
-        assert_eq!(reason(std::slice::from_ref(&user), 0).as_deref(), Some("new_session"));
-        let whole = [user.clone(), answer.clone(), user.clone()];
-        assert_eq!(reason(&whole, 0).as_deref(), Some("prefix_differs"));
-        assert_eq!(reason(&whole, 2), None);
-        let longer = [user.clone(), answer.clone(), user.clone(), answer, user];
-        assert_eq!(reason(&longer, 2).as_deref(), Some("prefix_differs"));
-    }
-}
+#[path = "chat_tests.rs"]
+mod tests;

@@ -1,5 +1,6 @@
 //! Places in a session's history: what remains of it before a place.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use dormouse_engine::OutputText;
@@ -48,9 +49,21 @@ fn after_turn(history: &History, turn: &str) -> Result<Cut, SessionError> {
     }
     let last = history.items.iter().rposition(|item| item.turn.as_deref() == Some(turn));
     let items = last.map_or(0, |last| last + 1);
-    // A log that was tokenised anew has lost the turn's own range, but not its items'.
-    let tokens = row.output_end.or(last.map(|last| history.items[last].token_end)).unwrap_or(0);
+    let tokens = output_end(row, &item_ends(history)).unwrap_or(0);
     Ok(Cut { tokens: tokens.min(history.session.log_len), items, partial_item: None, turns: position + 1 })
+}
+
+/// Where the last item of each turn ends.
+fn item_ends(history: &History) -> HashMap<&str, usize> {
+    let ends = history.items.iter().filter_map(|item| Some((item.turn.as_deref()?, item.token_end)));
+    // Of the items of one turn the last one stays.
+    ends.filter(|(turn, _)| history.session.active_turn.as_deref() != Some(turn)).collect()
+}
+
+/// Where a finished turn's output ends. A log that was tokenised anew has lost the turn's own range, but not its
+/// items'.
+fn output_end(row: &TurnRow, item_ends: &HashMap<&str, usize>) -> Option<usize> {
+    row.output_end.or_else(|| item_ends.get(row.id.as_str()).copied())
 }
 
 fn find<'a>(history: &'a History, turn: &str) -> Result<(usize, &'a TurnRow), SessionError> {
@@ -83,7 +96,8 @@ fn at_token(
         }
         _ => None,
     };
-    let finished = |row: &&TurnRow| row.output_end.is_some_and(|end| end <= position);
+    let ends = item_ends(history);
+    let finished = |row: &&TurnRow| output_end(row, &ends).is_some_and(|end| end <= position);
     let turns = history.turns.iter().take_while(finished).count();
     Ok(Cut {
         tokens: position,
@@ -106,8 +120,10 @@ fn partial(
     } else {
         // The template's own words come before the content's.
         let content = item.content();
+        // Behind an answer that a stop string ended come tokens of the stop string.
+        let whole = shown.starts_with(content).then_some(content.len());
         let ends = content.char_indices().map(|(at, _)| at).chain([content.len()]);
-        let kept = ends.rev().find(|end| shown.ends_with(&content[..*end])).unwrap_or(0);
+        let kept = whole.or_else(|| ends.rev().find(|end| shown.ends_with(&content[..*end]))).unwrap_or(0);
         content[..kept].to_owned()
     };
     if kept.is_empty() {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dormouse_engine::{Engine, EngineError, Event, FinishReason, Miss, Receipt, TurnSpec};
+use dormouse_engine::{Engine, EngineError, Event, FinishReason, Miss, OutputText, Receipt, TurnSpec};
 use dormouse_store::{FinishTurn, StoreError};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
@@ -44,7 +44,9 @@ struct End {
     reason: Option<FinishReason>,
     error: Option<String>,
     text: String,
-    output_tokens: usize,
+    /// The end of `text`, which no event has told yet.
+    rest: String,
+    output: Vec<u32>,
     receipt: Option<Receipt>,
 }
 
@@ -88,7 +90,7 @@ impl Runtime {
         if hub.is_cancelled() {
             run.engine.cancel(&hub.turn);
         }
-        let mut text = String::new();
+        let (mut text, mut tokens) = (String::new(), Vec::new());
         while let Some(event) = self.next_event(&mut events, run, hub).await {
             match event {
                 Event::Started(_) => {
@@ -97,6 +99,7 @@ impl Runtime {
                 }
                 Event::Token(output) => {
                     text.push_str(&output.text);
+                    tokens.push(output.token);
                     if !output.text.is_empty() || output.logprob.is_some() {
                         let sequence_number = 2 + output.index as u64;
                         let (token, logprob) = (output.token, output.logprob);
@@ -117,7 +120,8 @@ impl Runtime {
                         reason: Some(finish.reason),
                         error: None,
                         text,
-                        output_tokens: finish.output_tokens,
+                        rest: finish.text,
+                        output: tokens,
                         receipt: Some(run.explain(finish.receipt)),
                     });
                 }
@@ -153,19 +157,23 @@ impl Runtime {
 
     /// The end of a turn that the engine gave up: what is in the log stays.
     async fn failed(&self, run: &Run, why: &EngineError) -> End {
-        let output = match self.inner.store.token_log(&run.spec.session).await {
+        let tokens = match self.inner.store.token_log(&run.spec.session).await {
             Ok(log) => log.get(run.spec.output_start..).unwrap_or_default().to_vec(),
             Err(unread) => {
                 tracing::warn!(turn = run.spec.turn, "cannot read what a failed turn generated: {unread}");
                 Vec::new()
             }
         };
+        let mut output = OutputText::new(run.engine.model().tokenizer(), &run.spec.stop);
+        let told: String = tokens.iter().map(|token| output.push(*token).0).collect();
+        let rest = output.finish();
         End {
             status: TurnStatus::Failed,
             reason: None,
             error: Some(why.to_string()),
-            text: text_of(&output, run.engine.model().tokenizer()),
-            output_tokens: output.len(),
+            text: told + &rest,
+            rest,
+            output: tokens,
             receipt: None,
         }
     }
@@ -173,12 +181,11 @@ impl Runtime {
     /// Makes the turn's end durable, then tells it.
     async fn finish(&self, mut run: Run, end: End, hub: &Hub) {
         let now_ms = ids::now_ms();
-        let error = end.error.clone();
+        let rest = end.output.last().copied().filter(|_| !end.rest.is_empty()).zip(Some(end.rest.clone()));
         let change = match self.finish_turn_change(&mut run, end, now_ms).await {
             Ok(change) => change,
             Err(why) => return self.finish_failed(&run, hub, &why.to_string()),
         };
-        let last = 2 + run.record.usage.completion_tokens as u64;
         let mut told = false;
         loop {
             match self.inner.store.finish_turn(change.clone()).await {
@@ -210,13 +217,18 @@ impl Runtime {
         if told {
             return;
         }
-        let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, run.record.clone()));
+        let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, run.record));
+        let last = turn.last_number();
         // Before the last event, so that whoever has seen it finds the session idle.
         self.inner.remove_hub(&hub.turn);
-        let body = match (run.record.status, error) {
-            (TurnStatus::Cancelled, _) => TurnEventBody::Cancelled { turn },
-            (TurnStatus::Failed, _) => TurnEventBody::Failed { turn },
-            _ => TurnEventBody::Completed { turn },
+        // Only now: a turn whose end was not recorded goes on after the next start, and its tokens take this number.
+        if let Some((token, delta)) = rest {
+            hub.publish_rest(last - 1, TurnEventBody::Delta { delta, token, logprob: None });
+        }
+        let body = match turn.status {
+            TurnStatus::Cancelled => TurnEventBody::Cancelled { turn },
+            TurnStatus::Failed => TurnEventBody::Failed { turn },
+            TurnStatus::Completed | TurnStatus::InProgress => TurnEventBody::Completed { turn },
         };
         hub.publish(last, body);
     }
@@ -238,25 +250,29 @@ impl Runtime {
         record.completed_ms = Some(now_ms);
         record.usage = Usage {
             prompt_tokens,
-            completion_tokens: end.output_tokens,
-            total_tokens: prompt_tokens + end.output_tokens,
+            completion_tokens: end.output.len(),
+            total_tokens: prompt_tokens + end.output.len(),
             cached_tokens,
         };
         record.receipt = end.receipt;
         record.output_text = end.text;
-        let log_end = prompt_tokens + end.output_tokens;
-        let item = match end.output_tokens {
+        let log_end = prompt_tokens + end.output.len();
+        // The log holds more than was said: from the next turn on the model sees what the client saw.
+        let cut_short = !record.generation.stop.is_empty()
+            && text_of(&end.output, run.engine.model().tokenizer()) != record.output_text;
+        let item = match end.output.len() {
             0 => None,
             _ => Some(KnownItem {
                 id: ids::mint("item_")?,
                 turn: Some(spec.turn.clone()),
                 message: message("assistant", &record.output_text),
-                generated: true,
+                generated: !cut_short,
                 token_start: prompt_tokens,
                 token_end: log_end,
                 created_ms: now_ms,
             }),
         };
+        record.output = cut_short.then_some(end.output);
         let mut boundaries = Vec::new();
         if let Some(item) = &item {
             boundaries.push((run.chain.add(&item.message), log_end));
@@ -296,9 +312,8 @@ impl Runtime {
         let mut record = run.record.clone();
         record.status = TurnStatus::Failed;
         record.error = Some(format!("the end of this turn could not be recorded yet: {why}"));
-        let last = 2 + record.usage.completion_tokens as u64;
         let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, record));
-        hub.publish(last, TurnEventBody::Failed { turn });
+        hub.publish(turn.last_number(), TurnEventBody::Failed { turn });
     }
 }
 

@@ -2,6 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+// The tests beside the code open a runtime as those in `tests/` do.
+#[cfg(test)]
+extern crate self as dormouse_session;
+
 pub mod api;
 mod branches;
 mod chain;

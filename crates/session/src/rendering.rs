@@ -59,6 +59,7 @@ impl Piece {
 impl Voice<'_> {
     pub fn plan(&self, conversation: &Conversation<'_>) -> Result<Prompt, SessionError> {
         let Conversation { system, items, input, tools, log } = conversation;
+        check_fields(self, input)?;
         let preface = usize::from(system.is_some());
         let messages: Vec<Message> =
             system.iter().chain(items.iter().map(|item| &item.message)).chain(*input).cloned().collect();
@@ -90,8 +91,10 @@ impl Voice<'_> {
             prompt.ranges.drain(..anchor + 1 + preface);
             return Ok(prompt);
         }
-        let pieces = align(&skeleton, &messages, &rendered, true)
-            .unwrap_or_else(|| vec![Piece::Template(rendered.clone())]);
+        let pieces = match align(&skeleton, &messages, &rendered, true) {
+            Some(pieces) => pieces,
+            None => self.unaligned(&skeleton, &messages, &rendered)?,
+        };
         let bos = self.tokenizer.bos_text();
         let add_bos = self.tokenizer.adds_bos() && (bos.is_empty() || !rendered.starts_with(&bos));
         let mut prompt = self.tokenize(&pieces, messages.len(), 0, add_bos)?;
@@ -163,6 +166,37 @@ impl Voice<'_> {
         Ok(Prompt { keep_tokens: base, tokens, keep_items: 0, ranges })
     }
 
+    /// The whole rendering where the places of the contents in it cannot be told. A content with a special token written
+    /// out then takes the place that ordinary text would have, or is refused where that has none.
+    fn unaligned(
+        &self,
+        skeleton: &[Piece],
+        messages: &[Message],
+        rendered: &str,
+    ) -> Result<Vec<Piece>, SessionError> {
+        let mut any_hostile = false;
+        for (index, message) in messages.iter().enumerate() {
+            if !self.is_hostile(content(message))? {
+                continue;
+            }
+            any_hostile = true;
+            if !skeleton.iter().any(|piece| matches!(piece, Piece::Content(at, _) if *at == index)) {
+                return Err(SessionError::Invalid {
+                    param: "messages".into(),
+                    message: format!(
+                        "a message of role {:?} has one of the model's special tokens written out in its text, and the \
+                         model's chat template rewrites texts, so that the two cannot be told apart; take it out",
+                        message.get("role").and_then(Value::as_str).unwrap_or("")
+                    ),
+                });
+            }
+        }
+        match any_hostile {
+            true => Ok(filled(skeleton, messages)),
+            false => Ok(vec![Piece::Template(rendered.to_owned())]),
+        }
+    }
+
     /// Whether a message's text holds a special token written out.
     fn is_hostile(&self, content: &str) -> Result<bool, SessionError> {
         let parsed = self.tokenizer.encode(content, Specials::Parse, false)?;
@@ -209,6 +243,46 @@ impl Voice<'_> {
             })
             .collect()
     }
+}
+
+/// Templates write names, tool calls and reasoning among their own words, where special tokens count: none may be
+/// written out there.
+fn check_fields(voice: &Voice<'_>, input: &[Message]) -> Result<(), SessionError> {
+    for message in input {
+        for (field, value) in
+            message.iter().filter(|(field, _)| !matches!(field.as_str(), "role" | "content"))
+        {
+            let mut rest = vec![value];
+            while let Some(value) = rest.pop() {
+                let hostile = match value {
+                    Value::String(text) => voice.is_hostile(text)?,
+                    Value::Array(values) => {
+                        rest.extend(values);
+                        false
+                    }
+                    Value::Object(fields) => {
+                        rest.extend(fields.values());
+                        fields
+                            .keys()
+                            .map(|key| voice.is_hostile(key))
+                            .collect::<Result<Vec<_>, _>>()?
+                            .contains(&true)
+                    }
+                    Value::Null | Value::Bool(_) | Value::Number(_) => false,
+                };
+                if hostile {
+                    return Err(SessionError::Invalid {
+                        param: format!("messages.{field}"),
+                        message: format!(
+                            "{field}: one of the model's special tokens is written out in it; take it out, or put it \
+                             into a message's content, where it is ordinary text"
+                        ),
+                    });
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A word that is in no message.

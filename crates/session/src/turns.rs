@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use dormouse_engine::{Engine, Miss, OutputText, Priority, TurnSpec};
+use dormouse_models::Tokenizer;
 use dormouse_store::{BeginTurn, History, StoreError};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
@@ -12,17 +13,19 @@ use crate::chain::Chain;
 use crate::drive::Run;
 use crate::hub::Hub;
 use crate::ids;
-use crate::records::{self, KnownItem, Settings, TurnRecord, decode, encode, message, new_event};
+use crate::records::{self, KnownItem, Settings, TurnRecord, content, decode, encode, message, new_event};
 use crate::rendering::{Conversation, Prompt, Voice};
 use crate::runtime::{Runtime, detached};
 
-/// Plans that another writer overtook before the lease was taken; then the session is simply busy.
-const PLANNING_ATTEMPTS: usize = 3;
+/// Plans that another writer overtook before they were carried out; then the session is simply busy.
+pub(crate) const PLANNING_ATTEMPTS: usize = 3;
 
 /// A turn to begin.
 #[derive(Clone)]
 pub(crate) struct Start {
     pub input: Vec<Message>,
+    /// What the session must hold, where the input continues just that; else it counts as busy.
+    pub known: Option<Known>,
     pub generation: Generation,
     pub background: bool,
     pub miss: Option<Miss>,
@@ -31,10 +34,19 @@ pub(crate) struct Start {
     pub gate: Option<watch::Receiver<bool>>,
 }
 
+/// A conversation that a session's log holds in its first tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Known {
+    pub tokens: usize,
+    /// Of the chain after its last message.
+    pub hash: [u8; 32],
+}
+
 impl Start {
     pub fn new(input: Vec<Message>, generation: Generation) -> Start {
         Start {
             input,
+            known: None,
             generation,
             background: false,
             miss: None,
@@ -78,7 +90,8 @@ impl Runtime {
         history.turns.iter().map(turn).collect()
     }
 
-    /// The turn's events after `starting_after` (all when None), at any age, also while it runs.
+    /// The turn's events after `starting_after` (all when None) and in any case the last one, at any age, also while it
+    /// runs.
     pub async fn attach(
         &self,
         tenant: &Tenant,
@@ -104,20 +117,26 @@ impl Runtime {
                 Some(hub) => Ok(stream(&hub, starting_after)),
                 None if self.inner.is_stopping() => Err(SessionError::Stopping),
                 None => Err(SessionError::Internal(format!(
-                    "turn '{turn}' was interrupted and waits for its model to be loaded"
+                    "turn '{turn}' was interrupted and waits for its model: start the server with it, or cancel the turn"
                 ))),
             };
         }
         let settings: Settings = decode(&history.settings)?;
         let output = row.output_start.zip(row.output_end).and_then(|(start, end)| log.get(start..end));
         let whole = records::turn(&id, row)?;
-        let events = match (output, self.inner.engine_of(&settings)) {
-            (Some(output), Ok(engine)) => replay(whole, output, engine, &record.generation.stop),
+        let output = record.output.as_deref().or(output);
+        let engine =
+            self.inner.engine_of(&settings).ok().filter(|engine| {
+                settings.tokenizer == records::hex(&engine.model().tokenizer().fingerprint())
+            });
+        let events = match (output, engine) {
+            (Some(output), Some(engine)) => replay(whole, output, engine, &record.generation.stop),
             _ => replay_text(whole),
         };
         let (sender, receiver) = mpsc::unbounded_channel();
         for event in events {
-            if starting_after.is_none_or(|after| event.sequence_number > after) {
+            // As while it ran, the end is told in any case.
+            if event.body.is_last() || starting_after.is_none_or(|after| event.sequence_number > after) {
                 // The receiver is in our hands.
                 sender.send(event).ok();
             }
@@ -128,7 +147,14 @@ impl Runtime {
     /// Stops the turn; what was generated stays. Answers the turn as it then is.
     pub async fn cancel(&self, tenant: &Tenant, session: &str, turn: &str) -> Result<Turn, SessionError> {
         let found = self.turn(tenant, session, turn).await?;
-        let Some(hub) = self.inner.hub(turn) else { return Ok(found) };
+        let hub = match self.inner.hub(turn) {
+            Some(hub) => Some(hub),
+            None if found.status == TurnStatus::InProgress => {
+                self.cancel_stranded(&found.session, turn).await?
+            }
+            None => None,
+        };
+        let Some(hub) = hub else { return self.turn(tenant, session, turn).await };
         let mut events = hub.follow(None);
         hub.cancel();
         for engine in &self.inner.engines {
@@ -172,7 +198,14 @@ impl Runtime {
             if let Some(turn) = &history.session.active_turn {
                 return Err(SessionError::Busy { session: session.to_owned(), turn: turn.clone() });
             }
+            if let Some(known) = &start.known
+                && (history.session.log_len != known.tokens
+                    || self.chain_of(tenant, &history, history.items.len())? != known.hash)
+            {
+                break;
+            }
             let plan = self.plan(history, log, start.clone()).await?;
+            let _unregistered = self.inner.unregistered.read().await;
             let begun = self.inner.store.begin_turn(plan.change.clone()).await;
             match begun {
                 Err(StoreError::LeaseLost { .. }) => continue,
@@ -188,6 +221,25 @@ impl Runtime {
             }
         }
         Err(SessionError::Busy { session: session.to_owned(), turn: "(another writer's)".into() })
+    }
+
+    /// The hash of a session's conversation after its first `items`.
+    pub(crate) fn chain_of(
+        &self,
+        tenant: &Tenant,
+        history: &History,
+        items: usize,
+    ) -> Result<[u8; 32], SessionError> {
+        let settings: Settings = decode(&history.settings)?;
+        let mut chain = root_chain(tenant, self.inner.engine_of(&settings)?, &settings);
+        let mut hash = [0; 32];
+        if let Some(text) = &settings.instructions {
+            hash = chain.add(&message("system", text));
+        }
+        for row in history.items.iter().take(items) {
+            hash = chain.add(&KnownItem::from_row(row.clone())?.message);
+        }
+        Ok(hash)
     }
 
     /// What the turn will change, planned off the async threads: a long conversation takes tens of milliseconds to
@@ -235,6 +287,7 @@ impl Plan {
                 ),
             });
         }
+        check_size(tokenizer, context, &start.input)?;
         let known = records::items(history.items)?;
         let retokenized = settings.tokenizer != records::hex(&tokenizer.fingerprint());
         let model_changed = settings.fingerprint != records::hex(&model.fingerprint());
@@ -288,6 +341,7 @@ impl Plan {
             finish_reason: None,
             error: None,
             output_text: String::new(),
+            output: None,
             usage: Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() },
             receipt: None,
         };
@@ -345,6 +399,22 @@ impl Plan {
     }
 }
 
+/// Refuses input that cannot fit however it is tokenised, before the work of tokenising it. Answers of earlier turns do
+/// not count, nor does white space around a text: templates shorten them.
+fn check_size(tokenizer: &Tokenizer, context: usize, input: &[Message]) -> Result<(), SessionError> {
+    let asked = input.iter().filter(|message| message.get("role").is_some_and(|role| role != "assistant"));
+    let bytes: usize = asked.map(|message| content(message).trim().len()).sum();
+    if bytes < context {
+        return Ok(());
+    }
+    let ids = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+    let longest = ids.filter_map(|id| tokenizer.token_bytes(id)).map(<[u8]>::len).max().unwrap_or(1).max(1);
+    match bytes / longest >= context {
+        true => Err(SessionError::ContextLengthExceeded { context, tokens: bytes / longest }),
+        false => Ok(()),
+    }
+}
+
 /// The engine's orders for a turn with this record. `record.usage.prompt_tokens` tells where its output begins.
 pub(crate) fn spec(
     engine: &Engine,
@@ -396,6 +466,10 @@ fn replay(turn: Turn, output: &[u32], engine: &Engine, stop: &[String]) -> Vec<T
             break;
         }
     }
+    let rest = text.finish();
+    if let Some(token) = output.last().filter(|_| !rest.is_empty()) {
+        deltas.push((2 + output.len() as u64, rest, *token));
+    }
     framed(turn, deltas)
 }
 
@@ -408,9 +482,7 @@ fn replay_text(turn: Turn) -> Vec<TurnEvent> {
 
 fn framed(turn: Turn, deltas: Vec<(u64, String, u32)>) -> Vec<TurnEvent> {
     let (session, id) = (turn.session.clone(), turn.id.clone());
-    // A turn that was tokenised anew since, or has no output, still ends after what it said.
-    let after = deltas.last().map_or(2, |(number, ..)| number + 1);
-    let last = after.max(2 + turn.usage.completion_tokens as u64);
+    let last = turn.last_number();
     let started = TurnEventBody::Created { session: session.clone(), turn: id.clone() };
     let running = TurnEventBody::InProgress { session, turn: id };
     let mut events = vec![

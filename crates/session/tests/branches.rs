@@ -198,6 +198,12 @@ async fn sessions_are_listed_changed_and_swept_when_their_time_is_up() {
     runtime.update(&tenant(), "kept", change).await.unwrap();
     assert_eq!(runtime.sweep().await.unwrap(), 1);
     assert!(runtime.get(&tenant(), "kept").await.is_err());
+    // However many they are.
+    for _ in 0..70 {
+        let new = CreateSession { ttl_seconds: Some(0), ..CreateSession::default() };
+        runtime.create(&tenant(), new).await.unwrap();
+    }
+    assert_eq!(runtime.sweep().await.unwrap(), 70);
     let unknown = CreateSession { model: Some("gpt-9".into()), ..CreateSession::default() };
     assert!(matches!(runtime.create(&tenant(), unknown).await, Err(SessionError::ModelNotFound(..))));
     assert!(runtime.metrics().await.contains("dormouse_healthy 1\n"));

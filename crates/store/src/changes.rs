@@ -30,7 +30,7 @@ pub struct Leaf {
 }
 
 /// The input of a turn. The log keeps its first `keep_tokens`, then gets `tokens`; the items from `keep_items` on are
-/// replaced by `items`.
+/// replaced by `items`. Turns whose output does not stay lose their token ranges.
 #[derive(Clone, Debug, Default)]
 pub struct BeginTurn {
     pub session: String,
@@ -111,17 +111,20 @@ pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow
             found: session.log_len,
         });
     }
-    if turn.keep_tokens < session.log_len {
+    let replaces = turn.keep_tokens < session.log_len;
+    if replaces {
         tokens::truncate(db, &session.id, turn.keep_tokens)?;
         boundaries::truncate(db, &session.id, turn.keep_tokens)?;
     }
     tokens::append(db, &session.id, turn.keep_tokens, &turn.tokens)?;
     session.log_len = turn.keep_tokens + turn.tokens.len();
     session.kv_len = session.kv_len.min(turn.keep_tokens);
-    if turn.retokenized {
+    if turn.retokenized || replaces {
         for (position, mut earlier) in history::turns(db, &session)?.into_iter().enumerate() {
-            (earlier.output_start, earlier.output_end) = (None, None);
-            history::put_turn(db, &mut session, position, &earlier)?;
+            if turn.retokenized || earlier.output_end.is_some_and(|end| end > turn.keep_tokens) {
+                (earlier.output_start, earlier.output_end) = (None, None);
+                history::put_turn(db, &mut session, position, &earlier)?;
+            }
         }
     }
     history::put_items(db, &mut session, turn.keep_items, &turn.items)?;
@@ -183,15 +186,17 @@ pub(crate) fn finish_turn(db: &Connection, turn: &FinishTurn) -> Result<SessionR
     Ok(session)
 }
 
-/// A new session with the history of `source` up to `cut`.
+/// A new session with the history of `source` up to `cut`, which was found when the source had this `fence`.
 pub(crate) fn fork(
     db: &Connection,
     source: &str,
+    fence: u64,
     cut: &Cut,
     new: &NewSession,
     leaf: Leaf,
 ) -> Result<SessionRow, StoreError> {
     let source = sessions::load(db, source)?;
+    source.check_fence(fence)?;
     let mut log = tokens::load(db, &source.id, source.log_len)?;
     let (mut items, mut turns) = (history::items(db, &source)?, history::turns(db, &source)?);
     if cut.tokens > log.len() || cut.items > items.len() || cut.turns > turns.len() {
@@ -214,10 +219,11 @@ pub(crate) fn fork(
     Ok(session)
 }
 
-/// Drops what a session's history has beyond `cut`; its events stay, and say so.
+/// Drops what a session's history has beyond `cut`, which was found at this `fence`; its events stay, and say so.
 pub(crate) fn rewind(
     db: &Connection,
     id: &str,
+    fence: u64,
     cut: &Cut,
     leaf: Leaf,
     events: &[NewEvent],
@@ -225,6 +231,7 @@ pub(crate) fn rewind(
 ) -> Result<SessionRow, StoreError> {
     let mut session = sessions::load(db, id)?;
     session.check_idle()?;
+    session.check_fence(fence)?;
     if cut.tokens > session.log_len {
         return Err(StoreError::WrongPosition {
             session: session.id,

@@ -245,6 +245,8 @@ pub(crate) fn events(
     sequence: u64,
     limit: usize,
 ) -> Result<Vec<EventRow>, StoreError> {
+    // The database's integers are signed, and no log is as long.
+    let sequence = sequence.min(i64::MAX as u64);
     let mut statement = db.prepare_cached(
         "SELECT sequence, kind, turn, created_ms, data, checksum FROM events
          WHERE session = ?1 AND sequence >= ?2 ORDER BY sequence LIMIT ?3",

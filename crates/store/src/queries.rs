@@ -110,29 +110,32 @@ impl Store {
         self.write(move |db| changes::finish_turn(db, &turn)).await
     }
 
-    /// A new session with the history of `source` up to `cut`; also of a busy source, up to its durable tokens.
+    /// A new session with the history of `source` up to `cut`; also of a busy source, up to its durable tokens. `fence`
+    /// is the source's when `cut` was found. Errors: `LeaseLost` when a turn has begun or a rewind come since.
     pub async fn fork_session(
         &self,
         source: &str,
+        fence: u64,
         cut: Cut,
         new: NewSession,
         leaf: Leaf,
     ) -> Result<SessionRow, StoreError> {
         let source = source.to_owned();
-        self.write(move |db| changes::fork(db, &source, &cut, &new, leaf)).await
+        self.write(move |db| changes::fork(db, &source, fence, &cut, &new, leaf)).await
     }
 
-    /// Drops what the session's history has beyond `cut`. Errors: `Busy`.
+    /// Drops what the session's history has beyond `cut`. Errors: `Busy`; `LeaseLost` as for a fork.
     pub async fn rewind_session(
         &self,
         session: &str,
+        fence: u64,
         cut: Cut,
         leaf: Leaf,
         events: Vec<NewEvent>,
         now_ms: u64,
     ) -> Result<SessionRow, StoreError> {
         let session = session.to_owned();
-        self.write(move |db| changes::rewind(db, &session, &cut, leaf, &events, now_ms)).await
+        self.write(move |db| changes::rewind(db, &session, fence, &cut, leaf, &events, now_ms)).await
     }
 
     /// Errors: `NameTaken`.

@@ -12,15 +12,32 @@ use crate::pages::{PageRow, RemovedPage, StepCommit};
 use crate::{StoreError, catalog};
 
 /// What an acknowledged write survives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// Loss of power: every write waits for the disk.
+    /// Loss of power: every write waits for the disk, page bytes before the rows that name them.
     #[default]
     Power,
     /// The process's end, also by kill -9.
     Process,
-    /// As `Process` for the database; page files may skip even their checks. For benchmarks.
+    /// Nothing is promised; for benchmarks.
     None,
+}
+
+impl Durability {
+    pub const ALL: [Durability; 3] = [Durability::Power, Durability::Process, Durability::None];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Durability::Power => "power",
+            Durability::Process => "process",
+            Durability::None => "none",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Durability> {
+        Durability::ALL.into_iter().find(|durability| durability.name() == text)
+    }
 }
 
 /// The metadata database of one data directory. Cheap to clone; the last clone's end ends the thread.

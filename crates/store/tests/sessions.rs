@@ -71,7 +71,7 @@ async fn a_session_has_one_writer_and_an_old_writer_is_shut_out() {
     ));
     assert!(matches!(store.delete_session("s").await, Err(StoreError::Busy { .. })));
     assert!(matches!(
-        store.rewind_session("s", Cut::default(), Leaf::default(), vec![], 1).await,
+        store.rewind_session("s", 1, Cut::default(), Leaf::default(), vec![], 1).await,
         Err(StoreError::Busy { .. })
     ));
     assert_eq!(store.interrupted_turns().await.unwrap()[0].id, "s");
@@ -125,7 +125,11 @@ async fn a_turn_may_replace_the_tail_of_the_log_and_of_the_items() {
     assert_eq!((row.log_len, row.items, row.turns), (1300, 2, 2));
     let log = store.token_log("s").await.unwrap();
     assert_eq!((log[699], log[700], log[1299]), (699 * 3, 5, 5));
-    // The boundary at the end of the replaced answer is gone.
+    // The boundary at the end of the replaced answer is gone, and so is the place of its turn's output.
+    let replaced = &store.history("s").await.unwrap().turns[0];
+    assert_eq!((replaced.output_start, replaced.output_end), (None, None));
+    let late = store.fork_session("s", 1, Cut::default(), new_session("f"), Leaf::default()).await;
+    assert!(matches!(late, Err(StoreError::LeaseLost { found: 2, .. })), "{late:?}");
     assert!(store.find_boundaries("default", vec![[0; 32]]).await.unwrap().is_empty());
 }
 
@@ -235,11 +239,12 @@ async fn events_are_numbered_without_gaps_and_survive_a_rewind() {
     store.create_session(new_session("s")).await.unwrap();
     let change = UpdateSession { events: vec![event("a"), event("b")], ..UpdateSession::default() };
     store.update_session("s", change).await.unwrap();
-    store.rewind_session("s", Cut::default(), Leaf::default(), vec![event("rewound")], 9).await.unwrap();
+    store.rewind_session("s", 0, Cut::default(), Leaf::default(), vec![event("rewound")], 9).await.unwrap();
     let events = store.events("s", 1, 10).await.unwrap();
     let seen: Vec<_> = events.iter().map(|event| (event.sequence, event.kind.as_str())).collect();
     assert_eq!(seen, [(1, "a"), (2, "b"), (3, "rewound")]);
     assert!(store.events("s", 4, 10).await.unwrap().is_empty());
+    assert!(store.events("s", u64::MAX, 10).await.unwrap().is_empty());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::client::Client;
-use crate::config::{Config, Durability};
+use crate::config::Config;
 
 /// A running child server. Dropping it kills it.
 pub struct ChildServer {
@@ -35,7 +35,7 @@ impl Setup {
         command.arg("serve").args(["--host", "127.0.0.1", "--port", "0"]);
         command.arg("--data-dir").arg(&self.data_dir).arg("--model").arg(&self.model);
         command.args(["--threads", &config.threads.to_string(), "--kv-dtype", config.kv_dtype.name()]);
-        command.args(["--durability", durability_name(config.durability)]);
+        command.args(["--durability", config.durability.name()]);
         if let Some(context) = config.context {
             command.args(["--ctx", &context.to_string()]);
         }
@@ -59,14 +59,6 @@ impl Setup {
                 );
             }
         }
-    }
-}
-
-fn durability_name(durability: Durability) -> &'static str {
-    match durability {
-        Durability::Power => "power",
-        Durability::Process => "process",
-        Durability::None => "none",
     }
 }
 

@@ -77,7 +77,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
             line("", format!("the file that was there cannot be used and is now {}", aside.display()));
         }
     }
-    line("data", format!("{}, durability {}", config.data_dir.display(), durability(config)));
+    line("data", format!("{}, durability {}", config.data_dir.display(), config.durability.name()));
     let (quota, free) = (running.quota, crate::assemble::free_disk(&config.data_dir)?);
     line("quota", format!("{quota} for pages; {} of disk are free", Bytes(free.0)));
     let counts = running.store.session_counts().await?;
@@ -87,13 +87,4 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
         line("database", problem);
     }
     Ok(())
-}
-
-fn durability(config: &Config) -> &'static str {
-    use crate::config::Durability;
-    match config.durability {
-        Durability::Power => "power",
-        Durability::Process => "process",
-        Durability::None => "none",
-    }
 }

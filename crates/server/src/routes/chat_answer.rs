@@ -56,11 +56,8 @@ impl Choice {
                     let text = turn.error.as_deref().unwrap_or("the answer failed, and no reason is known");
                     return Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Some("turn_failed"), text));
                 }
-                // Text that was held back until the end was certain.
-                let rest = turn.output_text.strip_prefix(&self.text).unwrap_or_default().to_string();
-                self.text.push_str(&rest);
                 self.turn = Some(*turn);
-                Ok((rest, Vec::new()))
+                Ok(Default::default())
             }
         }
     }

@@ -29,10 +29,14 @@ pub fn open(directory: &Path) -> Runtime {
 
 /// `weights` stands for the weights' identity, so that a test can replace the model.
 pub fn open_as(directory: &Path, weights: [u8; 32], context: Option<usize>) -> Runtime {
+    open_named(directory, "smollm2", weights, context)
+}
+
+pub fn open_named(directory: &Path, name: &str, weights: [u8; 32], context: Option<usize>) -> Runtime {
     let store = Store::open(directory, dormouse_store::Durability::Process).unwrap();
     let cpu = Cpu::new(2).unwrap();
     let options = LoadOptions {
-        name: "smollm2".into(),
+        name: name.into(),
         context,
         kv_dtype: KvDtype::F16,
         weights_hash: weights,
@@ -46,7 +50,7 @@ pub fn open_as(directory: &Path, weights: [u8; 32], context: Option<usize>) -> R
     let (rows, claims) = (store.load_pages(file).unwrap(), store.claims(file).unwrap());
     let (pool, _) = PagePool::open(&path, identity, *model.layout(), limits, rows, claims).unwrap();
     let engine =
-        Engine::start(model, cpu, pool, file, store.clone(), dormouse_kv::Durability::Process).unwrap();
+        Engine::start(model, cpu, pool, file, store.clone(), dormouse_store::Durability::Process).unwrap();
     Runtime::open(store, vec![engine], RuntimeOptions::default()).unwrap()
 }
 

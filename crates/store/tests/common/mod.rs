@@ -118,9 +118,10 @@ pub async fn fill(store: &Store) {
     let source = store.history("sess_c").await.unwrap();
     let cut = Cut { tokens: source.items[3].token_end, items: 4, partial_item: None, turns: 2 };
     let leaf = Leaf { page_file: Some(file), slot: Some(10), kv_len: 64 };
-    store.fork_session("sess_c", cut, new_session("sess_d"), leaf).await.unwrap();
+    store.fork_session("sess_c", source.session.fence, cut, new_session("sess_d"), leaf).await.unwrap();
     let cut = Cut { tokens: 100, items: 0, partial_item: Some(item("cut", 0, 100)), turns: 0 };
-    store.rewind_session("sess_b", cut, Leaf::default(), vec![event("rewound")], 4_000).await.unwrap();
+    let fence = store.session("sess_b").await.unwrap().fence;
+    store.rewind_session("sess_b", fence, cut, Leaf::default(), vec![event("rewound")], 4_000).await.unwrap();
 }
 
 /// Everything that must never be lost, as one text.
