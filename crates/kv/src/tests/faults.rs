@@ -4,7 +4,9 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::{Durability, set_aside};
+use dormouse_store::Durability;
+
+use crate::set_aside;
 
 const HEADER_BYTES: u64 = 4096;
 

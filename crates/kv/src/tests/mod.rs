@@ -85,7 +85,7 @@ impl Rig {
         session: Option<usize>,
     ) -> PendingCommit {
         let commit = pool.commit(table).unwrap();
-        commit.sync.sync(crate::Durability::Power).unwrap();
+        commit.sync.sync(dormouse_store::Durability::Power).unwrap();
         self.catalog.apply(&commit, session);
         pool.acknowledge(commit.ticket);
         commit

@@ -1,7 +1,9 @@
 //! What sequences, sessions and the quota do to pages, one behaviour at a time.
 
 use super::*;
-use crate::{Durability, VerifyReport};
+use dormouse_store::Durability;
+
+use crate::VerifyReport;
 
 fn tokens(seed: u32, len: usize) -> Vec<u32> {
     (0..len as u32).map(|position| position * 7 + seed * 1000).collect()
