@@ -39,40 +39,6 @@ pub fn decode_row<L: Lanes>(ty: GgmlType, src: &[u8], dst: &mut [f32]) {
     }
 }
 
-/// The dot products of four rows with one token's activations, decoded in registers; None for types that have no such
-/// path. The same bits as [`decode_row`] and then a product, since the terms and their order are the same.
-#[inline(always)]
-pub fn dot_rows<L: Lanes>(ty: GgmlType, rows: [&[u8]; 4], x: &[f32]) -> Option<[f32; 4]> {
-    // Written out for four rows: accumulators in an array that a loop indexes would live in memory.
-    macro_rules! pairs {
-        ($bytes:literal, $decode:ident) => {{
-            let x = x.as_chunks::<32>().0;
-            let [p, q, r, s] = rows;
-            let [p, q, r, s] = [p, q, r, s].map(|row| &row.as_chunks::<$bytes>().0[..x.len()]);
-            let (mut p_sum, mut q_sum, mut r_sum, mut s_sum) = (L::zero(), L::zero(), L::zero(), L::zero());
-            for (i, x) in x.iter().enumerate() {
-                let (a, b) = (L::load(sixteen(x, 0)), L::load(sixteen(x, 16)));
-                let (first, second) = $decode::<L>(&p[i]);
-                p_sum = b.mul_add(second, a.mul_add(first, p_sum));
-                let (first, second) = $decode::<L>(&q[i]);
-                q_sum = b.mul_add(second, a.mul_add(first, q_sum));
-                let (first, second) = $decode::<L>(&r[i]);
-                r_sum = b.mul_add(second, a.mul_add(first, r_sum));
-                let (first, second) = $decode::<L>(&s[i]);
-                s_sum = b.mul_add(second, a.mul_add(first, s_sum));
-            }
-            Some(L::sum4([p_sum, q_sum, r_sum, s_sum]))
-        }};
-    }
-    match ty {
-        GgmlType::Q4_0 => pairs!(18, q4_0),
-        GgmlType::Q4_1 => pairs!(20, q4_1),
-        GgmlType::Q5_0 => pairs!(22, q5_0),
-        GgmlType::Q8_0 => pairs!(34, q8_0),
-        _ => None,
-    }
-}
-
 #[inline(always)]
 fn f16_row<L: Lanes>(src: &[u8], dst: &mut [f32]) {
     let (vectors, rest) = src.as_chunks::<32>();

@@ -235,8 +235,10 @@ mod x86 {
         }
         #[inline(always)]
         fn splat_f16(bits: [u8; 2]) -> Self {
-            let bits = i32::from(u16::from_le_bytes(bits));
-            Self::splat(intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))))
+            // Spread first, then widened: a move into one lane would wait for what that register held before.
+            let bits = i16::from_le_bytes(bits);
+            let wide = intrinsic!(_mm256_cvtph_ps(_mm_set1_epi16(bits)));
+            Avx2(wide, wide)
         }
         #[inline(always)]
         fn load_f16(from: &[u16; LANES]) -> Self {
@@ -325,8 +327,9 @@ mod x86 {
         }
         #[inline(always)]
         fn splat_f16(bits: [u8; 2]) -> Self {
-            let bits = i32::from(u16::from_le_bytes(bits));
-            Self::splat(intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))))
+            // Spread first, then widened: a move into one lane would wait for what that register held before.
+            let bits = i16::from_le_bytes(bits);
+            intrinsic!(Avx512(_mm512_cvtph_ps(_mm256_set1_epi16(bits))))
         }
         #[inline(always)]
         fn load_f16(from: &[u16; LANES]) -> Self {

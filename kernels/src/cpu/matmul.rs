@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 
 use super::Cpu;
-use super::decode::{decode_row, dot_rows};
+use super::decode::decode_row;
 use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen};
 use crate::GgmlType;
@@ -110,16 +110,6 @@ fn product_rows<L: Lanes>(
     let cols = weights.cols;
     for tile in (first..end).step_by(TILE_ROWS) {
         let rows = TILE_ROWS.min(end - tile);
-        if x.len() == cols && rows == TILE_ROWS {
-            let packed =
-                [weights.row(tile), weights.row(tile + 1), weights.row(tile + 2), weights.row(tile + 3)];
-            if let Some(dots) = dot_rows::<L>(weights.ty, packed, x) {
-                for (row, dot) in dots.into_iter().enumerate() {
-                    out.set(tile + row, dot);
-                }
-                continue;
-            }
-        }
         for (i, decoded) in scratch.chunks_exact_mut(cols).take(rows).enumerate() {
             decode_row_or_copy::<L>(weights.ty, weights.row(tile + i), decoded);
         }
