@@ -208,6 +208,12 @@ pub enum TurnEventBody {
 }
 
 impl TurnEventBody {
+    /// A failed turn's end. What its client saw last may not have become durable and have a number beyond the end's, so a
+    /// failure is told to whoever attaches.
+    pub fn is_failure(&self) -> bool {
+        matches!(self, TurnEventBody::Failed { .. })
+    }
+
     /// Nothing follows this event.
     pub fn is_last(&self) -> bool {
         matches!(

@@ -40,7 +40,7 @@ impl Follower {
     /// became durable, and then counts fewer events than its followers did.
     fn tell(&self, event: &TurnEvent) -> bool {
         let known = self.starting_after.is_some_and(|after| event.sequence_number <= after);
-        match known && !event.body.is_last() {
+        match known && !event.body.is_failure() {
             true => !self.events.is_closed(),
             false => self.events.send(event.clone()).is_ok(),
         }
@@ -101,7 +101,7 @@ impl Hub {
         }
     }
 
-    /// Everything after `starting_after` (from the start when None) and in any case the end, then what follows.
+    /// Everything after `starting_after` (from the start when None) and in any case a failure, then what follows.
     pub fn follow(&self, starting_after: Option<u64>) -> mpsc::UnboundedReceiver<TurnEvent> {
         // A follower that does not read holds at most the turn's own events.
         let (sender, events) = mpsc::unbounded_channel();

@@ -90,7 +90,7 @@ impl Runtime {
         history.turns.iter().map(turn).collect()
     }
 
-    /// The turn's events after `starting_after` (all when None) and in any case the last one, at any age, also while it
+    /// The turn's events after `starting_after` (all when None) and in any case a failure, at any age, also while it
     /// runs.
     pub async fn attach(
         &self,
@@ -136,7 +136,7 @@ impl Runtime {
         let (sender, receiver) = mpsc::unbounded_channel();
         for event in events {
             // As while it ran, the end is told in any case.
-            if event.body.is_last() || starting_after.is_none_or(|after| event.sequence_number > after) {
+            if event.body.is_failure() || starting_after.is_none_or(|after| event.sequence_number > after) {
                 // The receiver is in our hands.
                 sender.send(event).ok();
             }

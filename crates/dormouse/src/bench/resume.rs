@@ -71,6 +71,17 @@ async fn scenario(setup: &Setup, arguments: &BenchResumeArguments) -> Result<Val
         server.kill()?;
     }
 
+    let mut same = Vec::new();
+    let mut same_new_tokens = f64::NAN;
+    for repeat in 1..=arguments.repeats {
+        eprintln!("fresh process, the same request again: {repeat} of {} …", arguments.repeats);
+        let server = setup.start()?;
+        let (first_token_ms, new_tokens) = same_request(&server.client, &prompt).await?;
+        same.push(first_token_ms);
+        same_new_tokens = new_tokens;
+        server.kill()?;
+    }
+
     eprintln!("kill -9 in the middle of an answer …");
     let interrupted = interrupted(setup, &session).await?;
 
@@ -99,6 +110,8 @@ async fn scenario(setup: &Setup, arguments: &BenchResumeArguments) -> Result<Val
         "warm_new_tokens": new_tokens,
         "warm_recomputed_tokens": recomputed,
         "prompt_over_warm": built.first_token_ms / warm_ms,
+        "same_request_first_token_ms": median(&mut same),
+        "same_request_new_tokens": same_new_tokens,
         "interrupted": interrupted,
         "cold_first_token_ms": cold.first_token_ms,
         "cold_bytes_read": bytes_read,
@@ -162,6 +175,30 @@ async fn turn(client: &Client, session: &str, input: &str, max_tokens: usize) ->
         }
     }
     bail!("the server stopped in the middle of a turn")
+}
+
+/// A client that knows nothing of sessions sends the session's first message again: what of it was computed before is
+/// found by its tokens, and one token remains to compute. Milliseconds to its first word, and tokens computed for it.
+async fn same_request(client: &Client, prompt: &str) -> Result<(f64, f64)> {
+    let body = json!({
+        "messages": [{"role": "user", "content": prompt}], "stream": true, "max_tokens": 1, "temperature": 0,
+        "ignore_eos": true, "stream_options": {"include_usage": true},
+    });
+    let begun = Instant::now();
+    let mut events = client.post_events(&["v1", "chat", "completions"], &body).await?;
+    let (mut first_token_ms, mut new_tokens) = (None, f64::NAN);
+    while let Some(chunk) = events.next().await? {
+        if chunk["choices"][0]["delta"]["content"].as_str().is_some_and(|text| !text.is_empty()) {
+            first_token_ms.get_or_insert(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        let usage = &chunk["usage"];
+        if let (Some(prompt), Some(cached)) =
+            (usage["prompt_tokens"].as_f64(), usage["prompt_tokens_details"]["cached_tokens"].as_f64())
+        {
+            new_tokens = prompt - cached;
+        }
+    }
+    Ok((first_token_ms.context("the answer has no text")?, new_tokens))
 }
 
 /// Kills the server in the middle of an answer and starts it again: nobody asks it to go on. Times from its start to
@@ -285,6 +322,13 @@ fn print(report: &Value) -> Result<()> {
             ms(&report["warm_first_token_ms"]),
         ],
         ["  tokens computed again".into(), report["warm_recomputed_tokens"].to_string()],
+        [
+            format!(
+                "fresh process, the same request again ({} new token) to first token",
+                report["same_request_new_tokens"]
+            ),
+            ms(&report["same_request_first_token_ms"]),
+        ],
         [
             "  times faster than reading the prompt".into(),
             format!("{:.0}", number(&report["prompt_over_warm"])),
