@@ -323,15 +323,15 @@ fn print(report: &Value) -> Result<()> {
         ],
         ["  tokens computed again".into(), report["warm_recomputed_tokens"].to_string()],
         [
+            "  times faster than reading the prompt".into(),
+            format!("{:.0}", number(&report["prompt_over_warm"])),
+        ],
+        [
             format!(
                 "fresh process, the same request again ({} new token) to first token",
                 report["same_request_new_tokens"]
             ),
             ms(&report["same_request_first_token_ms"]),
-        ],
-        [
-            "  times faster than reading the prompt".into(),
-            format!("{:.0}", number(&report["prompt_over_warm"])),
         ],
         [
             "killed in mid-answer: exec to its next new token".into(),
