@@ -151,7 +151,8 @@ def test_a_chat_streams_its_answer_shows_the_receipt_and_is_resumed_by_name(chat
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat, server):
-    terminal = chat("--session", "interrupted")
+    # Bounded, or the second answer may go on for as long as the model likes.
+    terminal = chat("--session", "interrupted", "--max-tokens", "400")
     terminal.expect("> ")
     terminal.sendline("Count to a thousand, in words, and leave nothing out.")
     harness.wait_until(
