@@ -1,6 +1,9 @@
-//! How fast the decoder computes: prefill and decode at several depths, without server, scheduler or disk.
+//! How fast the decoder computes: prefill and decode at several depths, a short message on a long context, and attention
+//! alone, without server, scheduler or disk.
 //!
 //! `cargo run --release -p dormouse-benches -- MODEL.gguf [THREADS]`
+
+mod attention;
 
 use std::error::Error;
 use std::time::Instant;
@@ -8,11 +11,15 @@ use std::time::Instant;
 use dormouse_kernels::cpu::attention::Sequence;
 use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 use dormouse_models::decoder::{Activations, Batch, Decoder};
+use dormouse_models::pack::PackedWeights;
 use dormouse_models::source::ModelSource;
 
 const CHUNK: usize = 256;
 const DEPTHS: [usize; 3] = [0, 512, 4096];
 const DECODE_STEPS: usize = 30;
+/// Rows of a new message on a resumed session: the time to its first token.
+const MESSAGES: [usize; 3] = [3, 12, 20];
+const MESSAGE_REPEATS: usize = 9;
 
 /// One sequence, with its pages in plain memory.
 struct Bench {
@@ -27,7 +34,7 @@ struct Bench {
 impl Bench {
     fn new(path: &str, threads: usize) -> Result<Bench, Box<dyn Error>> {
         let source = ModelSource::open(path)?;
-        let decoder = Decoder::new(&source, source.config()?)?;
+        let decoder = Decoder::new(&source, &PackedWeights::in_memory(&source)?, source.config()?)?;
         let layout = decoder.page_layout(KvDtype::F16);
         let positions = DEPTHS[DEPTHS.len() - 1] + CHUNK;
         let page = vec![0u64; layout.page_bytes().div_ceil(8)];
@@ -77,5 +84,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         steps.sort_by(f64::total_cmp);
         println!("decode at {depth:<4}       {:>7.1} tokens/s", 1.0 / steps[DECODE_STEPS / 2]);
     }
+    for rows in MESSAGES {
+        let depth = DEPTHS[DEPTHS.len() - 1];
+        let mut times: Vec<f64> = (0..MESSAGE_REPEATS).map(|_| bench.compute(depth, rows)).collect();
+        times.sort_by(f64::total_cmp);
+        println!("{rows:>3} rows at {depth:<4}     {:>7.1} ms", times[MESSAGE_REPEATS / 2] * 1e3);
+    }
+    attention::print(&bench.cpu, bench.decoder.config());
     Ok(())
 }

@@ -5,9 +5,12 @@
 //! are computed together, how a prompt was cut into chunks, or how many threads ran.
 
 pub mod cpu;
+pub mod packed;
 pub mod page;
 pub mod quant;
+#[cfg(test)]
+mod testing;
 
-pub use cpu::{Cpu, Isa};
+pub use cpu::{Cpu, Isa, Precision};
 pub use page::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 pub use quant::GgmlType;

@@ -1,25 +1,44 @@
 //! Attention straight over KV pages: nothing is gathered or copied out of the mapping.
 //!
-//! One (query, head) walks its positions in fixed segments of [`SEGMENT`] positions; inside a segment it keeps an
-//! online softmax over pages (Milakov and Gimelshein, 2018), and segments are merged in order. That recipe names
-//! positions only, so neither the other queries of a batch, nor the cut of a prompt into chunks, nor the number of
-//! threads can change a bit. A page's keys and values are widened to f32 once for all queries of a task.
+//! A query attends in fixed segments of [`SEGMENT`] positions: scores of the whole segment, their softmax, the weighted
+//! sum of values; segments are merged in order. A score is one chain of multiply-adds along the head, a result one
+//! chain along the positions. That recipe names positions only, so neither the other queries of a batch, nor the cut of
+//! a prompt into chunks, nor the number of threads can change a bit, and all tiers that fuse multiply-adds give the same.
+//!
+//! The queries of a [`Tile`], consecutive rows times the heads that share a KV head, go through a page together. Keys
+//! are turned so that lanes are positions, which makes of both halves one register-blocked product.
+
+mod page_rows;
+mod product;
+mod softmax;
+mod store;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
-
-use half::f16;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
-use super::decode::decode_row;
+use super::disjoint::Disjoint;
 use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen, sixteen_mut};
-use crate::GgmlType;
-use crate::page::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
+use crate::page::{PAGE_TOKENS, PageLayout, PagePtr};
+use page_rows::{Keys, PageRows, Values};
+use product::{Left, multiply};
+use softmax::{Partial, softmax};
+pub use store::store_kv;
 
-/// Positions of one segment. A multiple of the page; segments of one query may be computed by different threads.
-const SEGMENT: usize = 8 * PAGE_TOKENS;
-/// Consecutive query rows that one task takes.
-const TILE_ROWS: usize = 16;
+/// Positions of one segment: a multiple of the page. Segments of one query may be computed by different threads.
+const SEGMENT: usize = 4 * PAGE_TOKENS;
+/// Queries (rows times heads) of a tile: enough that turning and widening a page is a few per cent of the work, few
+/// enough that their scores of a segment stay in the second-level cache (128 KiB).
+const TILE_STATES: usize = 120;
+/// Register blocks of queries that widen keys and values as they multiply them, rather than once for all. More would
+/// gain where conversions have ports of their own (15 % measured on Zen 4), and lose where they share the multipliers'.
+const FEW_BLOCKS: usize = 3;
+/// From one query's scores to the next: a vector more than a segment, so that they do not all fall into one cache set.
+const SCORES_STRIDE: usize = SEGMENT + LANES;
 
 /// Consecutive tokens of one sequence whose keys and values are already in its pages.
 #[derive(Clone, Copy)]
@@ -43,106 +62,8 @@ pub struct Attention {
     pub scale: f32,
     /// A query sees only the last `window` positions, its own counted in.
     pub window: Option<usize>,
-}
-
-/// Writes one token's keys and values, `[kv_heads, head_dim]` each, to position `at` of a page.
-pub fn store_kv(layout: &PageLayout, page: PagePtr, layer: usize, at: usize, k: &[f32], v: &[f32]) {
-    assert!(at < PAGE_TOKENS);
-    let mut row = [0u8; 2 * 512];
-    let row = &mut row[..layout.row_bytes()];
-    for head in 0..layout.kv_heads {
-        for (values, run) in [(k, layout.k_offset(layer, head)), (v, layout.v_offset(layer, head))] {
-            encode_row(layout.dtype, &values[head * layout.head_dim..][..layout.head_dim], row);
-            page.write(layout, run + at * row.len(), row);
-        }
-    }
-}
-
-fn encode_row(dtype: KvDtype, values: &[f32], row: &mut [u8]) {
-    match dtype {
-        KvDtype::F16 => {
-            for (value, bytes) in values.iter().zip(row.as_chunks_mut::<2>().0) {
-                *bytes = f16::from_f32(*value).to_le_bytes();
-            }
-        }
-        KvDtype::Q8_0 => {
-            for (values, block) in values.chunks(32).zip(row.as_chunks_mut::<34>().0) {
-                let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                let scale = f16::from_f32(largest / 127.0);
-                let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
-                block.fill(0);
-                block[..2].copy_from_slice(&scale.to_le_bytes());
-                for (value, byte) in values.iter().zip(&mut block[2..]) {
-                    *byte = (value * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
-                }
-            }
-        }
-    }
-}
-
-/// Causal attention of every row of `q`, `[rows, heads, head_dim]`, into `out` of the same shape.
-pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[f32], out: &mut [f32]) {
-    let layout = attention.layout;
-    assert_eq!(attention.heads % layout.kv_heads, 0, "query heads are whole groups");
-    assert_eq!(q.len(), out.len());
-    // Few tiles leave threads idle unless their segments are spread over them.
-    let tiles: usize = sequences.iter().map(|sequence| sequence.rows.div_ceil(TILE_ROWS)).sum();
-    let spread = tiles * layout.kv_heads < 4 * cpu.pool.threads();
-    let mut tasks = Vec::with_capacity(tiles * layout.kv_heads);
-    for sequence in sequences {
-        for tile in (0..sequence.rows).step_by(TILE_ROWS) {
-            let rows = TILE_ROWS.min(sequence.rows - tile);
-            let start = sequence.start + tile;
-            let first_segment = attention.first_position(start) / SEGMENT;
-            let segments = first_segment..(start + rows - 1) / SEGMENT + 1;
-            for kv_head in 0..layout.kv_heads {
-                let tile =
-                    Tile { pages: sequence.pages, row: sequence.first_row + tile, rows, start, kv_head };
-                if spread {
-                    tasks.extend(segments.clone().map(|segment| (tile, segment..segment + 1)));
-                } else {
-                    tasks.push((tile, segments.clone()));
-                }
-            }
-        }
-    }
-    let partials: Vec<std::sync::OnceLock<Partial>> =
-        tasks.iter().map(|_| std::sync::OnceLock::new()).collect();
-    let isa = cpu.isa;
-    cpu.pool.run(tasks.len(), &|index| {
-        let (tile, segments) = &tasks[index];
-        let partial = WORKSPACE.with_borrow_mut(|work| {
-            let attention = &attention;
-            dispatch!(isa, run_tile(attention: &Attention, tile: &Tile<'_>, segments: &std::ops::Range<usize>, q: &[f32], work: &mut Workspace) -> Partial)
-        });
-        // Each task has a cell of its own, so the cell is empty here.
-        let _ = partials[index].set(partial);
-    });
-
-    // Merge the segments of each tile, in order, and normalise.
-    let group = attention.heads / layout.kv_heads;
-    let head_dim = layout.head_dim;
-    let mut partials =
-        tasks.iter().zip(partials).filter_map(|((tile, _), cell)| Some((tile, cell.into_inner()?)));
-    let mut current = partials.next();
-    while let Some((tile, mut sum)) = current {
-        current = partials.next();
-        while let Some((_, partial)) =
-            current.take_if(|(next, _)| next.row == tile.row && next.kv_head == tile.kv_head)
-        {
-            sum.merge(&partial);
-            current = partials.next();
-        }
-        for row in 0..tile.rows {
-            for head in 0..group {
-                let state = row * group + head;
-                let inverse = 1.0 / sum.sums[state];
-                let at = ((tile.row + row) * attention.heads + tile.kv_head * group + head) * head_dim;
-                let from = &sum.values[state * sum.stride..][..head_dim];
-                out[at..at + head_dim].iter_mut().zip(from).for_each(|(out, value)| *out = value * inverse);
-            }
-        }
-    }
+    /// Scores become `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
 }
 
 impl Attention {
@@ -150,260 +71,343 @@ impl Attention {
     fn first_position(&self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
+
+    /// Query heads that share a KV head.
+    fn group(&self) -> usize {
+        self.heads / self.layout.kv_heads
+    }
+
+    /// Numbers from one query's result to the next: the head, padded to whole vectors.
+    fn stride(&self) -> usize {
+        self.layout.head_dim.next_multiple_of(LANES)
+    }
 }
 
-/// Query rows that share a task, with one KV head's group of query heads.
-#[derive(Clone, Copy)]
-struct Tile<'a> {
-    pages: &'a [PagePtr],
-    row: usize,
+/// Causal attention of every row of `q`, `[rows, heads, head_dim]`, into `out` of the same shape.
+pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[f32], out: &mut [f32]) {
+    assert_eq!(attention.heads % attention.layout.kv_heads, 0, "query heads are whole groups");
+    assert_eq!(q.len(), out.len());
+    PLAN.with_borrow_mut(|plan| {
+        plan.lay_out(&attention, sequences, cpu.pool.threads());
+        let Plan { tiles, tasks, partials } = plan;
+        // A task writes its own partial results; whoever finishes a tile writes the tile's rows.
+        let (partials, out) = (Disjoint::new(partials), Disjoint::new(out));
+        let call = Call { attention: &attention, sequences, q, out, partials };
+        let isa = cpu.isa;
+        cpu.pool.run(tasks.len(), &|index| {
+            let (call, task) = (&call, &tasks[index]);
+            let tile = &tiles[task.tile];
+            WORKSPACE.with_borrow_mut(|work| {
+                dispatch!(isa, run_task(call: &Call<'_>, tile: &Tile, task: &Task, work: &mut Workspace));
+            });
+            // Acquire and release: the last task of a tile sees what the others wrote.
+            if tile.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+                dispatch!(isa, finish_tile(call: &Call<'_>, tile: &Tile));
+            }
+        });
+    });
+}
+
+struct Call<'a> {
+    attention: &'a Attention,
+    sequences: &'a [Sequence<'a>],
+    q: &'a [f32],
+    out: Disjoint<'a, f32>,
+    partials: Disjoint<'a, f32>,
+}
+
+/// Consecutive rows of a sequence and one KV head: the queries that go through the pages together.
+struct Tile {
+    sequence: usize,
+    /// First row, of the sequence's, and how many.
+    first: usize,
     rows: usize,
     /// Position of the first row.
     start: usize,
     kv_head: usize,
+    /// Where its partial results begin, and how many there are.
+    partial: usize,
+    partials: usize,
+    /// Tasks that have not finished.
+    pending: AtomicUsize,
 }
 
-/// Softmax state of `rows × group` queries: maxima, sums of exponentials, and weighted values `[states, stride]`.
+/// A run of segments of a tile.
+struct Task {
+    tile: usize,
+    segments: Range<usize>,
+    /// Where its partial results begin.
+    partial: usize,
+    /// Whether it is the tile's only task, and so can merge as it goes into one partial result.
+    whole: bool,
+}
+
+/// How a call is shared out. Kept by the calling thread from one call to the next.
 #[derive(Default)]
-struct Partial {
-    maxima: Vec<f32>,
-    sums: Vec<f32>,
-    values: Vec<f32>,
-    stride: usize,
-}
-
-impl Partial {
-    fn new(states: usize, stride: usize) -> Partial {
-        Partial {
-            maxima: vec![f32::NEG_INFINITY; states],
-            sums: vec![0.0; states],
-            values: vec![0.0; states * stride],
-            stride,
-        }
-    }
-
-    /// Adds the state of the next segment. Scalar on purpose: one order for every tier and every path.
-    fn merge(&mut self, next: &Partial) {
-        for state in 0..self.maxima.len() {
-            let (a, b) = (self.maxima[state], next.maxima[state]);
-            if b == f32::NEG_INFINITY {
-                continue;
-            }
-            let maximum = a.max(b);
-            let (keep, take) = ((a - maximum).exp(), (b - maximum).exp());
-            self.maxima[state] = maximum;
-            self.sums[state] = self.sums[state] * keep + next.sums[state] * take;
-            let range = state * self.stride..(state + 1) * self.stride;
-            for (value, other) in self.values[range.clone()].iter_mut().zip(&next.values[range]) {
-                *value = *value * keep + other * take;
-            }
-        }
-    }
+struct Plan {
+    tiles: Vec<Tile>,
+    tasks: Vec<Task>,
+    partials: Vec<f32>,
 }
 
 thread_local! {
+    static PLAN: RefCell<Plan> = RefCell::default();
     static WORKSPACE: RefCell<Workspace> = RefCell::default();
 }
 
-/// One thread's widened page and padded queries.
+impl Plan {
+    fn lay_out(&mut self, attention: &Attention, sequences: &[Sequence<'_>], threads: usize) {
+        let (group, stride) = (attention.group(), attention.stride());
+        self.tiles.clear();
+        self.tasks.clear();
+        for (index, sequence) in sequences.iter().enumerate() {
+            // Rows in equal parts: a tile costs its pages' widening whatever it holds.
+            let tiles = sequence.rows.div_ceil((TILE_STATES / group).max(1));
+            for tile in 0..tiles {
+                let (first, end) = (tile * sequence.rows / tiles, (tile + 1) * sequence.rows / tiles);
+                for kv_head in 0..attention.layout.kv_heads {
+                    self.tiles.push(Tile {
+                        sequence: index,
+                        first,
+                        rows: end - first,
+                        start: sequence.start + first,
+                        kv_head,
+                        partial: 0,
+                        partials: 0,
+                        pending: AtomicUsize::new(0),
+                    });
+                }
+            }
+        }
+        let segments: usize = self.tiles.iter().map(|tile| tile.segments(attention).len()).sum();
+        // Eight tasks a thread even out what threads are given; more would only cost.
+        let segments_a_task = segments.div_ceil(8 * threads).max(1);
+        let mut numbers = 0;
+        for (index, tile) in self.tiles.iter_mut().enumerate() {
+            let segments = tile.segments(attention);
+            let tasks = segments.len().div_ceil(segments_a_task);
+            let partial_len = Partial::len(tile.rows * group, stride);
+            tile.partial = numbers;
+            tile.partials = if tasks == 1 { 1 } else { segments.len() };
+            tile.pending = AtomicUsize::new(tasks);
+            for task in 0..tasks {
+                let (first, end) = (task * segments.len() / tasks, (task + 1) * segments.len() / tasks);
+                self.tasks.push(Task {
+                    tile: index,
+                    segments: segments.start + first..segments.start + end,
+                    partial: tile.partial + first * partial_len,
+                    whole: tasks == 1,
+                });
+            }
+            numbers += tile.partials * partial_len;
+        }
+        if self.partials.len() < numbers {
+            self.partials.resize(numbers, 0.0);
+        }
+    }
+}
+
+impl Tile {
+    /// Position of the last row.
+    fn last(&self) -> usize {
+        self.start + self.rows - 1
+    }
+
+    /// The segments that any of its queries sees.
+    fn segments(&self, attention: &Attention) -> Range<usize> {
+        attention.first_position(self.start) / SEGMENT..self.last() / SEGMENT + 1
+    }
+
+    /// The rows that see any of `positions`.
+    fn rows_that_see(&self, attention: &Attention, positions: Range<usize>) -> Range<usize> {
+        let first = positions.start.saturating_sub(self.start).min(self.rows);
+        let end = match attention.window {
+            None => self.rows,
+            // The last query to see the last of the positions is `window − 1` further on.
+            Some(window) => {
+                (positions.end - 1).saturating_add(window).saturating_sub(self.start).min(self.rows)
+            }
+        };
+        first..end.max(first)
+    }
+}
+
+/// One thread's scratch.
 #[derive(Default)]
 struct Workspace {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// `[states, head_dim]`, scaled.
     queries: Vec<f32>,
+    /// `[states, SCORES_STRIDE]`: a segment's scores, then its weights.
+    scores: Vec<f32>,
+    page: PageRows,
+    partial: Vec<f32>,
 }
 
 #[inline(always)]
-fn run_tile<L: Lanes>(
-    attention: &Attention,
-    tile: &Tile<'_>,
-    segments: &std::ops::Range<usize>,
-    q: &[f32],
-    work: &mut Workspace,
-) -> Partial {
-    let layout = &attention.layout;
-    let (head_dim, group) = (layout.head_dim, attention.heads / layout.kv_heads);
-    let stride = head_dim.next_multiple_of(LANES);
-    let states = tile.rows * group;
+fn run_task<L: Lanes>(call: &Call<'_>, tile: &Tile, task: &Task, work: &mut Workspace) {
+    let attention = call.attention;
+    let (stride, states) = (attention.stride(), tile.rows * attention.group());
+    let partial_len = Partial::len(states, stride);
+    load_queries(call, tile, &mut work.queries);
+    if work.scores.len() < states * SCORES_STRIDE {
+        work.scores.resize(states * SCORES_STRIDE, 0.0);
+    }
+    let mut own = std::mem::take(&mut work.partial);
+    own.resize(partial_len.max(own.len()), 0.0);
+    for (index, segment) in task.segments.clone().enumerate() {
+        let at = if task.whole { task.partial } else { task.partial + index * partial_len };
+        let result = call.partials.part(at..at + partial_len);
+        if task.whole && index > 0 {
+            let mut next = Partial::over(&mut own[..partial_len], states);
+            run_segment::<L>(call, tile, segment, work, &mut next);
+            Partial::over(result, states).merge::<L>(&next, stride);
+        } else {
+            run_segment::<L>(call, tile, segment, work, &mut Partial::over(result, states));
+        }
+    }
+    work.partial = own;
+}
 
-    // Scaled queries, padded with zeros to whole lanes.
-    work.queries.clear();
-    work.queries.resize(states * stride, 0.0);
+fn load_queries(call: &Call<'_>, tile: &Tile, queries: &mut Vec<f32>) {
+    let attention = call.attention;
+    let (head_dim, group) = (attention.layout.head_dim, attention.group());
+    let scale = attention.soft_cap.map_or(attention.scale, |cap| attention.scale / cap);
+    queries.clear();
     for row in 0..tile.rows {
-        for head in 0..group {
-            let at = ((tile.row + row) * attention.heads + tile.kv_head * group + head) * head_dim;
-            let to = &mut work.queries[(row * group + head) * stride..][..head_dim];
-            to.iter_mut().zip(&q[at..at + head_dim]).for_each(|(to, q)| *to = q * attention.scale);
-        }
+        let heads = call.heads_of(tile, row);
+        queries.extend(call.q[heads * head_dim..][..group * head_dim].iter().map(|q| q * scale));
     }
-    work.keys.resize(PAGE_TOKENS * stride, 0.0);
-    work.values.resize(PAGE_TOKENS * stride, 0.0);
-
-    let last = tile.start + tile.rows - 1;
-    let mut total = Partial::new(states, stride);
-    for segment in segments.clone() {
-        let mut partial = Partial::new(states, stride);
-        for page in segment * (SEGMENT / PAGE_TOKENS)..(segment + 1) * (SEGMENT / PAGE_TOKENS) {
-            let first = page * PAGE_TOKENS;
-            if first > last || first + PAGE_TOKENS <= attention.first_position(tile.start) {
-                continue;
-            }
-            let present = PAGE_TOKENS.min(last + 1 - first);
-            let run = |offset| tile.pages[page].bytes(layout, offset, present * layout.row_bytes());
-            widen::<L>(layout, run(layout.k_offset(attention.layer, tile.kv_head)), stride, &mut work.keys);
-            widen::<L>(layout, run(layout.v_offset(attention.layer, tile.kv_head)), stride, &mut work.values);
-            for row in 0..tile.rows {
-                let position = tile.start + row;
-                let from = attention.first_position(position).saturating_sub(first);
-                let to = (position + 1).saturating_sub(first).min(PAGE_TOKENS);
-                if from >= to {
-                    continue;
-                }
-                for head in 0..group {
-                    let state = row * group + head;
-                    let query = &work.queries[state * stride..][..stride];
-                    let slot = (&mut partial.maxima[state], &mut partial.sums[state]);
-                    let sum = &mut partial.values[state * stride..][..stride];
-                    page_softmax::<L>(query, &work.keys, &work.values, (from, to), slot, sum);
-                }
-            }
-        }
-        total.merge(&partial);
-    }
-    total
 }
 
-/// One query against positions `from..to` of one widened page.
+/// One segment's softmax and weighted values, of every query of the tile.
 #[inline(always)]
-fn page_softmax<L: Lanes>(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    (from, to): (usize, usize),
-    (maximum, sum): (&mut f32, &mut f32),
-    out: &mut [f32],
+fn run_segment<L: Lanes>(
+    call: &Call<'_>,
+    tile: &Tile,
+    segment: usize,
+    work: &mut Workspace,
+    result: &mut Partial<'_>,
 ) {
-    let stride = query.len();
-    let mut scores = [f32::NEG_INFINITY; PAGE_TOKENS];
-    let wanted = &mut scores[from..to];
-    let keys = &keys[from * stride..to * stride];
-    match stride / LANES {
-        4 => dots::<L, 4>(query, keys, wanted),
-        5 => dots::<L, 5>(query, keys, wanted),
-        6 => dots::<L, 6>(query, keys, wanted),
-        8 => dots::<L, 8>(query, keys, wanted),
-        16 => dots::<L, 16>(query, keys, wanted),
-        _ => {
-            for (key, score) in keys.chunks_exact(stride).zip(wanted) {
-                let mut dot = L::zero();
-                for at in (0..stride).step_by(LANES) {
-                    dot = L::load(sixteen(query, at)).mul_add(L::load(sixteen(key, at)), dot);
-                }
-                *score = dot.sum();
-            }
+    let attention = call.attention;
+    let layout = &attention.layout;
+    let (head_dim, stride, group) = (layout.head_dim, attention.stride(), attention.group());
+    let states = tile.rows * group;
+    let few = states <= FEW_BLOCKS * L::QUERIES;
+    let first = segment * SEGMENT;
+    let pages = first.max(attention.first_position(tile.start)) / PAGE_TOKENS
+        ..(tile.last() + 1).min(first + SEGMENT).div_ceil(PAGE_TOKENS);
+    let table = call.sequences[tile.sequence].pages;
+    let (k_offset, v_offset) =
+        (layout.k_offset(attention.layer, tile.kv_head), layout.v_offset(attention.layer, tile.kv_head));
+    // A run is too short for the processor to foresee the next, so that is asked for while this one is computed with.
+    let run = |page: usize, offset: usize, next: (usize, usize)| {
+        let bytes = |page: usize| PAGE_TOKENS.min(tile.last() + 1 - page * PAGE_TOKENS) * layout.row_bytes();
+        let (next_page, next_offset) = next;
+        if next_page < pages.end {
+            table[next_page].prefetch(layout, next_offset, bytes(next_page));
+        }
+        table[page].bytes(layout, offset, bytes(page))
+    };
+
+    // Scores: queries times keys.
+    let queries = Left { values: &work.queries, stride: head_dim };
+    for page in pages.clone() {
+        let positions = page * PAGE_TOKENS..(page + 1) * PAGE_TOKENS;
+        let rows = tile.rows_that_see(attention, positions);
+        let states = rows.start * group..rows.end * group;
+        let next = if page + 1 < pages.end { (page + 1, k_offset) } else { (pages.start, v_offset) };
+        let run = run(page, k_offset, next);
+        let keys = work.page.keys::<L>(layout, run, few);
+        let scores = &mut work.scores[page * PAGE_TOKENS - first..];
+        macro_rules! scores {
+            ($keys:expr) => {
+                multiply::<L, _>(&queries, states, 0, $keys, 0..head_dim, scores, SCORES_STRIDE, true)
+            };
+        }
+        match &keys {
+            Keys::Singles(keys) => scores!(keys),
+            Keys::Halves(keys) => scores!(keys),
+            Keys::Quants(keys) => scores!(keys),
         }
     }
-    let mut largest = L::splat(*maximum);
-    for at in (0..PAGE_TOKENS).step_by(LANES) {
-        largest = largest.max(L::load(sixteen(&scores, at)));
-    }
-    let largest = largest.largest();
 
-    let mut added = L::zero();
-    for at in (0..PAGE_TOKENS).step_by(LANES) {
-        let weights = L::load(sixteen(&scores, at)).sub(L::splat(largest)).exp();
-        weights.store(sixteen_mut(&mut scores, at));
+    // Weights.
+    let (begin, end) = (pages.start * PAGE_TOKENS - first, pages.end * PAGE_TOKENS - first);
+    for row in 0..tile.rows {
+        let position = tile.start + row;
+        let from = attention.first_position(position).saturating_sub(first).clamp(begin, end);
+        let to = (position + 1).saturating_sub(first).clamp(from, end);
+        for state in row * group..(row + 1) * group {
+            let scores = &mut work.scores[state * SCORES_STRIDE..][begin..end];
+            let peak = softmax::<L>(scores, from - begin..to - begin, attention.soft_cap);
+            (result.maxima[state], result.sums[state]) = (peak.maximum, peak.sum);
+        }
     }
-    // exp clamps its argument, so positions outside the range are set to nothing by hand.
-    scores[..from].fill(0.0);
-    scores[to..].fill(0.0);
-    for at in (0..PAGE_TOKENS).step_by(LANES) {
-        added = added.add(L::load(sixteen(&scores, at)));
-    }
-    let keep = if *maximum == f32::NEG_INFINITY { 0.0 } else { (*maximum - largest).exp() };
-    *maximum = largest;
-    *sum = *sum * keep + added.sum();
-    let weights = &scores[from..to];
-    let values = &values[from * stride..to * stride];
-    let mut at = 0;
-    while at + 4 * LANES <= stride {
-        weighted_sum::<L, 4>(weights, values, stride, at, keep, out);
-        at += 4 * LANES;
-    }
-    while at < stride {
-        weighted_sum::<L, 1>(weights, values, stride, at, keep, out);
-        at += LANES;
+
+    // Results: weights times values.
+    result.values.fill(0.0);
+    let weights = Left { values: &work.scores, stride: SCORES_STRIDE };
+    for page in pages.clone() {
+        let at = page * PAGE_TOKENS;
+        let rows = tile.rows_that_see(attention, at..at + PAGE_TOKENS);
+        if rows.is_empty() {
+            continue;
+        }
+        let from = attention.first_position(tile.start + rows.start).saturating_sub(at);
+        let to = (tile.start + rows.end - at).min(PAGE_TOKENS);
+        let states = rows.start * group..rows.end * group;
+        let run = run(page, v_offset, (page + 1, v_offset));
+        macro_rules! results {
+            ($values:expr) => {
+                multiply::<L, _>(
+                    &weights,
+                    states,
+                    at - first,
+                    $values,
+                    from..to,
+                    result.values,
+                    stride,
+                    false,
+                )
+            };
+        }
+        match &work.page.values::<L>(layout, run, few) {
+            Values::Singles(values) => results!(values),
+            Values::Halves(values) => results!(values),
+            Values::Blocks(values) => results!(values),
+        }
     }
 }
 
-/// The query's dot product with every key, for heads of `N × 16` values: the general loop of [`page_softmax`] with
-/// the query in registers and four sums taken at once.
+/// Merges a tile's partial results, in order, and writes its rows.
 #[inline(always)]
-fn dots<L: Lanes, const N: usize>(query: &[f32], keys: &[f32], scores: &mut [f32]) {
-    let stride = N * LANES;
-    let mut q = [L::zero(); N];
-    for n in 0..N {
-        q[n] = L::load(sixteen(query, n * LANES));
+fn finish_tile<L: Lanes>(call: &Call<'_>, tile: &Tile) {
+    let attention = call.attention;
+    let (head_dim, stride, group) = (attention.layout.head_dim, attention.stride(), attention.group());
+    let states = tile.rows * group;
+    let partial_len = Partial::len(states, stride);
+    let memory = call.partials.part(tile.partial..tile.partial + tile.partials * partial_len);
+    let (first, others) = memory.split_at_mut(partial_len);
+    let mut total = Partial::over(first, states);
+    for next in others.chunks_exact_mut(partial_len) {
+        total.merge::<L>(&Partial::over(next, states), stride);
     }
-    let (fours, rest) = scores.as_chunks_mut::<4>();
-    let (key_fours, key_rest) = keys.split_at(fours.len() * 4 * stride);
-    for (keys, scores) in key_fours.chunks_exact(4 * stride).zip(fours) {
-        let mut dot = [L::zero(); 4];
-        for n in 0..N {
-            for i in 0..4 {
-                dot[i] = q[n].mul_add(L::load(sixteen(keys, i * stride + n * LANES)), dot[i]);
-            }
-        }
-        *scores = L::sum4(dot);
-    }
-    for (key, score) in key_rest.chunks_exact(stride).zip(rest) {
-        let mut dot = L::zero();
-        for n in 0..N {
-            dot = q[n].mul_add(L::load(sixteen(key, n * LANES)), dot);
-        }
-        *score = dot.sum();
-    }
-}
-
-/// `out = out · keep + Σ weights[p] · values[p]` on `N × 16` values from `at` on: as many independent chains of
-/// additions as hide their latency.
-#[inline(always)]
-fn weighted_sum<L: Lanes, const N: usize>(
-    weights: &[f32],
-    values: &[f32],
-    stride: usize,
-    at: usize,
-    keep: f32,
-    out: &mut [f32],
-) {
-    let mut total = [L::zero(); N];
-    for n in 0..N {
-        total[n] = L::load(sixteen(out, at + n * LANES)).mul(L::splat(keep));
-    }
-    for (weight, row) in weights.iter().zip(values.chunks_exact(stride)) {
-        let weight = L::splat(*weight);
-        for n in 0..N {
-            total[n] = weight.mul_add(L::load(sixteen(row, at + n * LANES)), total[n]);
-        }
-    }
-    for n in 0..N {
-        total[n].store(sixteen_mut(out, at + n * LANES));
-    }
-}
-
-/// Widens rows of keys or values to f32, `[rows, stride]`; the padding stays zero.
-#[inline(always)]
-fn widen<L: Lanes>(layout: &PageLayout, bytes: &[u8], stride: usize, out: &mut [f32]) {
-    for (row, out) in bytes.chunks_exact(layout.row_bytes()).zip(out.chunks_exact_mut(stride)) {
-        let out = &mut out[..layout.head_dim];
-        match layout.dtype {
-            KvDtype::F16 => decode_row::<L>(GgmlType::F16, row, out),
-            KvDtype::Q8_0 if layout.head_dim.is_multiple_of(32) => decode_row::<L>(GgmlType::Q8_0, row, out),
-            KvDtype::Q8_0 => {
-                for (block, out) in row.as_chunks::<34>().0.iter().zip(out.chunks_mut(32)) {
-                    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                    for (value, q) in out.iter_mut().zip(&block[2..]) {
-                        *value = f32::from(*q as i8) * scale;
+    for row in 0..tile.rows {
+        let at = call.heads_of(tile, row) * head_dim;
+        let out = call.out.part(at..at + group * head_dim);
+        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            let state = row * group + head;
+            let inverse = L::splat(1.0 / total.sums[state]);
+            let values = &total.values[state * stride..][..stride];
+            for at in (0..stride).step_by(LANES) {
+                // Adding zero makes one of both zeros: which one it was may depend on what else the tile held.
+                let result = L::load(sixteen(values, at)).mul_add(inverse, L::zero());
+                match head_dim - at {
+                    LANES.. => result.store(sixteen_mut(out, at)),
+                    few => {
+                        let mut last = [0.0; LANES];
+                        result.store(&mut last);
+                        out[at..].copy_from_slice(&last[..few]);
                     }
                 }
             }
@@ -411,151 +415,10 @@ fn widen<L: Lanes>(layout: &PageLayout, bytes: &[u8], stride: usize, out: &mut [
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::{Isa, Pool};
-    use super::*;
-
-    const LAYOUT: PageLayout = PageLayout { layers: 2, kv_heads: 2, head_dim: 24, dtype: KvDtype::F16 };
-    const HEADS: usize = 6;
-
-    fn noise(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0) * 1.5).collect()
-    }
-
-    /// Pages in plain memory, filled with `tokens` positions in every layer.
-    struct Pages {
-        _memory: Vec<Vec<u32>>,
-        table: Vec<PagePtr>,
-        k: Vec<f32>,
-        v: Vec<f32>,
-    }
-
-    fn pages(layout: &PageLayout, tokens: usize) -> Pages {
-        let mut memory = vec![vec![0u32; layout.page_bytes().div_ceil(4)]; tokens.div_ceil(PAGE_TOKENS)];
-        // SAFETY: the vectors are as long as a page and live as long as the table.
-        let table: Vec<PagePtr> =
-            memory.iter_mut().map(|m| unsafe { PagePtr::new(m.as_mut_ptr().cast()) }).collect();
-        let width = layout.kv_heads * layout.head_dim;
-        let (k, v) = (noise(tokens * width, 1), noise(tokens * width, 2));
-        for p in 0..tokens {
-            for layer in 0..layout.layers {
-                let row = p * width..(p + 1) * width;
-                store_kv(layout, table[p / PAGE_TOKENS], layer, p % PAGE_TOKENS, &k[row.clone()], &v[row]);
-            }
-        }
-        Pages { _memory: memory, table, k, v }
-    }
-
-    fn attention(layout: PageLayout, window: Option<usize>) -> Attention {
-        Attention { layout, layer: 1, heads: HEADS, scale: 0.2, window }
-    }
-
-    fn exact(
-        pages: &Pages,
-        layout: &PageLayout,
-        q: &[f32],
-        position: usize,
-        window: Option<usize>,
-    ) -> Vec<f64> {
-        let (hd, group, width) =
-            (layout.head_dim, HEADS / layout.kv_heads, layout.kv_heads * layout.head_dim);
-        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
-        let round = |x: f32| f64::from(f16::from_f32(x).to_f32());
-        (0..HEADS)
-            .flat_map(|head| {
-                let kv = head / group * hd;
-                let scores: Vec<f64> = (first..=position)
-                    .map(|p| {
-                        let dot: f64 = (0..hd)
-                            .map(|d| f64::from(q[head * hd + d]) * round(pages.k[p * width + kv + d]))
-                            .sum();
-                        dot * 0.2
-                    })
-                    .collect();
-                let largest = scores.iter().copied().fold(f64::MIN, f64::max);
-                let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                (0..hd)
-                    .map(|d| {
-                        let sum: f64 = weights
-                            .iter()
-                            .enumerate()
-                            .map(|(i, w)| w * round(pages.v[(first + i) * width + kv + d]))
-                            .sum();
-                        sum / total
-                    })
-                    .collect::<Vec<f64>>()
-            })
-            .collect()
-    }
-
-    fn cpus() -> impl Iterator<Item = Cpu> {
-        Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| Cpu { isa, pool: Pool::new(2) })
-    }
-
-    #[test]
-    fn attention_over_pages_matches_an_f64_reference_causal_and_windowed() {
-        let tokens = 1200;
-        let pages = pages(&LAYOUT, tokens);
-        for cpu in cpus() {
-            for (window, start, rows) in
-                [(None, 0, 70), (None, 1199, 1), (Some(100), 600, 33), (Some(1), 64, 2)]
-            {
-                let q = noise(rows * HEADS * 24, 9);
-                let mut out = vec![0.0; q.len()];
-                let sequence = Sequence { pages: &pages.table, first_row: 0, rows, start };
-                attend(&cpu, attention(LAYOUT, window), &[sequence], &q, &mut out);
-                for row in 0..rows {
-                    let width = HEADS * 24;
-                    let expected = exact(&pages, &LAYOUT, &q[row * width..][..width], start + row, window);
-                    for (got, want) in out[row * width..][..width].iter().zip(expected) {
-                        assert!(
-                            (f64::from(*got) - want).abs() < 2e-6,
-                            "{got} for {want} on {}",
-                            cpu.isa.name()
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_querys_bits_do_not_depend_on_batch_chunk_or_threads() {
-        for (dtype, head_dim) in
-            [(KvDtype::F16, 24), (KvDtype::Q8_0, 24), (KvDtype::F16, 64), (KvDtype::Q8_0, 64)]
-        {
-            let layout = PageLayout { dtype, head_dim, ..LAYOUT };
-            let tokens = 1100;
-            let pages = pages(&layout, tokens);
-            let width = HEADS * head_dim;
-            let q = noise(tokens * width, 4);
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-                for window in [None, Some(130)] {
-                    let chunked =
-                        |threads: usize, chunk: usize, positions: std::ops::Range<usize>| -> Vec<u32> {
-                            let cpu = Cpu { isa, pool: Pool::new(threads) };
-                            let mut bits = Vec::new();
-                            for start in positions.clone().step_by(chunk) {
-                                let rows = chunk.min(positions.end - start);
-                                let mut out = vec![0.0; rows * width];
-                                let sequence = Sequence { pages: &pages.table, first_row: 0, rows, start };
-                                let q = &q[start * width..][..rows * width];
-                                attend(&cpu, attention(layout, window), &[sequence], q, &mut out);
-                                bits.extend(out.iter().map(|v| v.to_bits()));
-                            }
-                            bits
-                        };
-                    let whole = chunked(3, tokens, 0..tokens);
-                    assert!(whole == chunked(1, 77, 0..tokens), "{} {window:?}", isa.name());
-                    assert!(
-                        whole[1000 * width..] == chunked(2, 1, 1000..tokens),
-                        "{} {window:?}",
-                        isa.name()
-                    );
-                }
-            }
-        }
+impl Call<'_> {
+    /// The first query head of a tile's group in one of its rows, counted through the batch.
+    fn heads_of(&self, tile: &Tile, row: usize) -> usize {
+        let row = self.sequences[tile.sequence].first_row + tile.first + row;
+        row * self.attention.heads + tile.kv_head * self.attention.group()
     }
 }

@@ -17,6 +17,9 @@ pub trait Lanes: Copy {
     const BLOCK_ROWS: usize;
     /// Tokens of that block: as many as leave its accumulators in registers.
     const BLOCK_TOKENS: usize;
+    /// Queries and vectors of lanes of the register block of an attention product, chosen in the same way.
+    const QUERIES: usize;
+    const VECTORS: usize;
 
     fn zero() -> Self;
     fn splat(value: f32) -> Self;
@@ -27,15 +30,21 @@ pub trait Lanes: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// The larger of each pair of lanes; `other` where either is not a number.
     fn max(self, other: Self) -> Self;
     /// All lanes the half-precision number with these bits.
     fn splat_f16(bits: [u8; 2]) -> Self;
     fn load_f16(from: &[u16; LANES]) -> Self;
+    /// Rounded to half precision, to nearest even.
+    fn store_f16(self, to: &mut [u16; LANES]);
     fn load_bf16(from: &[u16; LANES]) -> Self;
     fn load_u8(from: &[u8; LANES]) -> Self;
     fn load_i8(from: &[u8; LANES]) -> Self;
-    /// `2^self` for integral lanes in −126..=127.
-    fn exp2_integral(self) -> Self;
+    /// Transposes sixteen rows of sixteen 16-bit values: `to[i · to_stride + j] = from[j · from_stride + i]`.
+    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize);
+    /// `self · 2^n` for integral `n` in −126..=127.
+    fn times_power_of_two(self, n: Self) -> Self;
 
     /// The sixteen lanes added as a fixed tree: halves, quarters, eighths, pairs.
     #[inline(always)]
@@ -43,12 +52,6 @@ pub trait Lanes: Copy {
         let mut lanes = [0.0; LANES];
         self.store(&mut lanes);
         tree(&lanes, |a, b| a + b)
-    }
-
-    /// [`Lanes::sum`] of four at once, the same bits.
-    #[inline(always)]
-    fn sum4(four: [Self; 4]) -> [f32; 4] {
-        [four[0].sum(), four[1].sum(), four[2].sum(), four[3].sum()]
     }
 
     /// The largest lane.
@@ -60,22 +63,36 @@ pub trait Lanes: Copy {
     }
 
     /// `e^self`; relative error under 2⁻²¹ for −87 ≤ x ≤ 88, and as at those ends outside.
-    ///
-    /// Cody-Waite reduction to |r| ≤ ln 2 / 2 and a degree-6 Taylor polynomial of e^r.
     #[inline(always)]
     fn exp(self) -> Self {
         let clamped_below = self.max(Self::splat(-87.0));
-        let x = Self::zero().sub(Self::zero().sub(clamped_below).max(Self::splat(-88.0)));
+        let clamped = Self::zero().sub(Self::zero().sub(clamped_below).max(Self::splat(-88.0)));
+        clamped.exp_in_range()
+    }
+
+    /// [`Lanes::exp`] of what is known to lie in −87..=88.
+    ///
+    /// Cody-Waite reduction to |r| ≤ ln 2 / 2 and a polynomial 1 + r + … + r⁵ of e^r whose coefficients make the largest
+    /// relative error least (10⁻⁷).
+    #[inline(always)]
+    fn exp_in_range(self) -> Self {
         // Adding and taking away 1.5 · 2²³ rounds to the nearest integer without an instruction for it.
         let magic = Self::splat(12_582_912.0);
-        let n = x.mul(Self::splat(std::f32::consts::LOG2_E)).add(magic).sub(magic);
-        let r = n.mul_add(Self::splat(-355.0 / 512.0), x);
+        let n = self.mul_add(Self::splat(std::f32::consts::LOG2_E), magic).sub(magic);
+        let r = n.mul_add(Self::splat(-355.0 / 512.0), self);
         let r = n.mul_add(Self::splat(2.121_944_4e-4), r);
-        let mut p = Self::splat(1.0 / 720.0);
-        for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        let mut p = Self::splat(0.008_312_516);
+        for c in [0.041_890_2, 0.166_671_14, 0.499_992_3, 1.0, 1.0] {
             p = p.mul_add(r, Self::splat(c));
         }
-        p.mul(n.exp2_integral())
+        p.times_power_of_two(n)
+    }
+
+    /// `tanh(self) = 1 − 2 / (1 + e^(2·self))`; absolute error under 2⁻²².
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let one = Self::splat(1.0);
+        one.sub(Self::splat(2.0).div(self.add(self).exp().add(one)))
     }
 }
 
@@ -103,6 +120,8 @@ impl Portable {
 impl Lanes for Portable {
     const BLOCK_ROWS: usize = 1;
     const BLOCK_TOKENS: usize = 2;
+    const QUERIES: usize = if cfg!(target_arch = "aarch64") { 6 } else { 2 };
+    const VECTORS: usize = 1;
 
     #[inline(always)]
     fn zero() -> Self {
@@ -137,6 +156,10 @@ impl Lanes for Portable {
         self.zip(other, |a, b| a * b)
     }
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+    #[inline(always)]
     fn max(self, other: Self) -> Self {
         self.zip(other, |a, b| if a > b { a } else { b })
     }
@@ -153,6 +176,18 @@ impl Lanes for Portable {
         Portable(from.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
     #[inline(always)]
+    fn store_f16(self, to: &mut [u16; LANES]) {
+        *to = self.0.map(|value| f16::from_f32(value).to_bits());
+    }
+    #[inline(always)]
+    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize) {
+        for i in 0..LANES {
+            for j in 0..LANES {
+                to[i * to_stride + j] = from[j * from_stride + i];
+            }
+        }
+    }
+    #[inline(always)]
     fn load_u8(from: &[u8; LANES]) -> Self {
         Portable(from.map(f32::from))
     }
@@ -161,8 +196,8 @@ impl Lanes for Portable {
         Portable(from.map(|byte| f32::from(byte as i8)))
     }
     #[inline(always)]
-    fn exp2_integral(self) -> Self {
-        Portable(self.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)))
+    fn times_power_of_two(self, n: Self) -> Self {
+        self.mul(Portable(n.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))))
     }
 }
 
@@ -170,231 +205,7 @@ impl Lanes for Portable {
 pub use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{LANES, Lanes};
-
-    #[derive(Clone, Copy)]
-    pub struct Avx2(__m256, __m256);
-
-    #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
-
-    // SAFETY, for every block below: the intrinsics need the tier's instructions, which `dispatch!` guarantees, and
-    // the loads and stores stay inside the sixteen-element arrays they are given.
-    macro_rules! intrinsic {
-        ($($body:tt)*) => {
-            // SAFETY: see above.
-            unsafe { $($body)* }
-        };
-    }
-
-    impl Lanes for Avx2 {
-        const BLOCK_ROWS: usize = 2;
-        const BLOCK_TOKENS: usize = 2;
-
-        #[inline(always)]
-        fn zero() -> Self {
-            Self::splat(0.0)
-        }
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            intrinsic!(Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)))
-        }
-        #[inline(always)]
-        fn load(from: &[f32; LANES]) -> Self {
-            intrinsic!(Avx2(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))))
-        }
-        #[inline(always)]
-        fn store(self, to: &mut [f32; LANES]) {
-            intrinsic! {
-                _mm256_storeu_ps(to.as_mut_ptr(), self.0);
-                _mm256_storeu_ps(to.as_mut_ptr().add(8), self.1);
-            }
-        }
-        #[inline(always)]
-        fn mul_add(self, a: Self, b: Self) -> Self {
-            intrinsic!(Avx2(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)))
-        }
-        #[inline(always)]
-        fn add(self, other: Self) -> Self {
-            intrinsic!(Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)))
-        }
-        #[inline(always)]
-        fn sub(self, other: Self) -> Self {
-            intrinsic!(Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)))
-        }
-        #[inline(always)]
-        fn mul(self, other: Self) -> Self {
-            intrinsic!(Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)))
-        }
-        #[inline(always)]
-        fn max(self, other: Self) -> Self {
-            intrinsic!(Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)))
-        }
-        #[inline(always)]
-        fn splat_f16(bits: [u8; 2]) -> Self {
-            // Spread first, then widened: a move into one lane would wait for what that register held before.
-            let bits = i16::from_le_bytes(bits);
-            let wide = intrinsic!(_mm256_cvtph_ps(_mm_set1_epi16(bits)));
-            Avx2(wide, wide)
-        }
-        #[inline(always)]
-        fn load_f16(from: &[u16; LANES]) -> Self {
-            intrinsic! {
-                let p = from.as_ptr().cast::<__m128i>();
-                Avx2(_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))))
-            }
-        }
-        #[inline(always)]
-        fn load_bf16(from: &[u16; LANES]) -> Self {
-            intrinsic! {
-                let p = from.as_ptr().cast::<__m128i>();
-                let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)));
-                let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(1))));
-                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-            }
-        }
-        #[inline(always)]
-        fn load_u8(from: &[u8; LANES]) -> Self {
-            intrinsic! {
-                let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                let low = _mm256_cvtepu8_epi32(bytes);
-                let high = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes));
-                Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-            }
-        }
-        #[inline(always)]
-        fn load_i8(from: &[u8; LANES]) -> Self {
-            intrinsic! {
-                let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                let low = _mm256_cvtepi8_epi32(bytes);
-                let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
-                Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-            }
-        }
-        #[inline(always)]
-        fn exp2_integral(self) -> Self {
-            intrinsic! {
-                let bias = _mm256_set1_epi32(127);
-                let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.0), bias));
-                let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.1), bias));
-                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-            }
-        }
-    }
-
-    impl Lanes for Avx512 {
-        const BLOCK_ROWS: usize = 4;
-        const BLOCK_TOKENS: usize = 6;
-
-        #[inline(always)]
-        fn zero() -> Self {
-            Self::splat(0.0)
-        }
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            intrinsic!(Avx512(_mm512_set1_ps(value)))
-        }
-        #[inline(always)]
-        fn load(from: &[f32; LANES]) -> Self {
-            intrinsic!(Avx512(_mm512_loadu_ps(from.as_ptr())))
-        }
-        #[inline(always)]
-        fn store(self, to: &mut [f32; LANES]) {
-            intrinsic!(_mm512_storeu_ps(to.as_mut_ptr(), self.0))
-        }
-        #[inline(always)]
-        fn mul_add(self, a: Self, b: Self) -> Self {
-            intrinsic!(Avx512(_mm512_fmadd_ps(self.0, a.0, b.0)))
-        }
-        #[inline(always)]
-        fn add(self, other: Self) -> Self {
-            intrinsic!(Avx512(_mm512_add_ps(self.0, other.0)))
-        }
-        #[inline(always)]
-        fn sub(self, other: Self) -> Self {
-            intrinsic!(Avx512(_mm512_sub_ps(self.0, other.0)))
-        }
-        #[inline(always)]
-        fn mul(self, other: Self) -> Self {
-            intrinsic!(Avx512(_mm512_mul_ps(self.0, other.0)))
-        }
-        #[inline(always)]
-        fn max(self, other: Self) -> Self {
-            intrinsic!(Avx512(_mm512_max_ps(self.0, other.0)))
-        }
-        #[inline(always)]
-        fn splat_f16(bits: [u8; 2]) -> Self {
-            // Spread first, then widened: a move into one lane would wait for what that register held before.
-            let bits = i16::from_le_bytes(bits);
-            intrinsic!(Avx512(_mm512_cvtph_ps(_mm256_set1_epi16(bits))))
-        }
-        #[inline(always)]
-        fn load_f16(from: &[u16; LANES]) -> Self {
-            intrinsic!(Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))))
-        }
-        #[inline(always)]
-        fn load_bf16(from: &[u16; LANES]) -> Self {
-            intrinsic! {
-                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
-            }
-        }
-        #[inline(always)]
-        fn load_u8(from: &[u8; LANES]) -> Self {
-            intrinsic! {
-                let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                Avx512(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)))
-            }
-        }
-        #[inline(always)]
-        fn load_i8(from: &[u8; LANES]) -> Self {
-            intrinsic! {
-                let bytes = _mm_loadu_si128(from.as_ptr().cast());
-                Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
-            }
-        }
-        #[inline(always)]
-        fn exp2_integral(self) -> Self {
-            intrinsic!(Avx512(_mm512_scalef_ps(_mm512_set1_ps(1.0), self.0)))
-        }
-        #[inline(always)]
-        fn sum(self) -> f32 {
-            intrinsic! {
-                let high = _mm512_extractf32x8_ps::<1>(self.0);
-                let eight = _mm256_add_ps(_mm512_castps512_ps256(self.0), high);
-                let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-            }
-        }
-        #[inline(always)]
-        fn sum4(four: [Self; 4]) -> [f32; 4] {
-            let mut sums = [0.0; 4];
-            intrinsic! {
-                // Each step of the tree is one addition for two or four of the sums.
-                let [a, b, c, d] = four;
-                let a = _mm256_add_ps(_mm512_castps512_ps256(a.0), _mm512_extractf32x8_ps::<1>(a.0));
-                let b = _mm256_add_ps(_mm512_castps512_ps256(b.0), _mm512_extractf32x8_ps::<1>(b.0));
-                let c = _mm256_add_ps(_mm512_castps512_ps256(c.0), _mm512_extractf32x8_ps::<1>(c.0));
-                let d = _mm256_add_ps(_mm512_castps512_ps256(d.0), _mm512_extractf32x8_ps::<1>(d.0));
-                let ab = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
-                let cd = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
-                let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
-                let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
-                let two = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
-                // Lanes 0, 2, 4 and 6 now hold a, c, b and d.
-                let one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
-                let order = _mm256_setr_epi32(0, 4, 2, 6, 0, 0, 0, 0);
-                let ordered = _mm256_permutevar8x32_ps(one, order);
-                _mm_storeu_ps(sums.as_mut_ptr(), _mm256_castps256_ps128(ordered));
-            }
-            sums
-        }
-    }
-}
+mod x86;
 
 /// The sixteen-element array at `at`. Bounds are checked; the check vanishes where the caller's loop proves it.
 #[inline(always)]

@@ -7,35 +7,48 @@
 // explains away.
 #![allow(clippy::needless_range_loop)]
 
+mod activations;
 pub mod attention;
-mod decode;
+pub(crate) mod disjoint;
+mod dots;
+mod floats;
 mod isa;
 mod lanes;
 pub mod matmul;
 pub mod norm;
 mod pool;
 pub mod rope;
+mod rows;
+mod tiles;
 
+pub use activations::Precision;
 pub use isa::Isa;
 pub use pool::Pool;
 
 /// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
-pub const KERNELS_VERSION: u32 = 1;
+pub const KERNELS_VERSION: u32 = 2;
 
 /// Where CPU kernels run: an instruction-set tier and a pool of threads.
 pub struct Cpu {
     pub isa: Isa,
+    pub precision: Precision,
     pub pool: Pool,
 }
 
 impl Cpu {
     /// `threads` counts the calling thread. Fails when `DORMOUSE_ISA` names no tier of this machine.
     pub fn new(threads: usize) -> Result<Cpu, String> {
-        Ok(Cpu { isa: Isa::from_environment()?, pool: Pool::new(threads) })
+        Ok(Cpu { isa: Isa::from_environment()?, precision: Precision::default(), pool: Pool::new(threads) })
     }
 
-    /// Identity of the bits these kernels produce: version and tier. Threads do not matter.
+    /// The same with another precision of activations.
+    pub fn with_precision(self, precision: Precision) -> Cpu {
+        Cpu { precision, ..self }
+    }
+
+    /// Identity of the bits these kernels produce: version, arithmetic and precision. Neither threads nor the tier matter beyond
+    /// that.
     pub fn numerics(&self) -> String {
-        format!("cpu{KERNELS_VERSION}-{}", self.isa.name())
+        format!("cpu{KERNELS_VERSION}-{}-{}", self.isa.arithmetic(), self.precision.name())
     }
 }
