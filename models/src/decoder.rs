@@ -1,40 +1,39 @@
 //! The one decoder of every supported family: a transformer read off a [`ModelConfig`].
 
-use std::path::Path;
+mod experts;
+mod weights;
 
 use dormouse_kernels::Cpu;
 use dormouse_kernels::cpu::attention::{Attention, Sequence, attend, store_kv};
-use dormouse_kernels::cpu::matmul::{Matrix, Product, matmul};
-use dormouse_kernels::cpu::norm::{add, rms_norm, silu_gate};
+use dormouse_kernels::cpu::matmul::{Product, matmul};
+use dormouse_kernels::cpu::norm::{
+    add_bias, add_scaled, gelu_gate, rms_norm, rms_norm_in_place, scale, silu_gate, soft_cap,
+};
 use dormouse_kernels::cpu::rope;
-use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
+use dormouse_kernels::{KvDtype, PageLayout};
 
-use crate::config::{Activation, ModelConfig, Role};
-use crate::weights::{Tensor, WeightSource};
+use crate::config::{Activation, ModelConfig, Role, Rope, Temperature};
+use crate::pack::PackedWeights;
+use crate::weights::{Operand, Tensor, WeightSource};
 use crate::{ModelError, TokenId};
-
-/// The widest head that a KV row buffer holds.
-const LARGEST_HEAD: usize = 512;
+use experts::ExpertBuffers;
+use weights::{FeedForward, Finder, Gated, Layer, Projection};
 
 pub struct Decoder {
     config: ModelConfig,
-    frequencies: Vec<f32>,
+    /// That of most layers, then that of windowed ones where it differs.
+    rotations: Vec<Rotation>,
     embedding: Tensor,
     layers: Vec<Layer>,
     output_norm: Vec<f32>,
-    output: Tensor,
+    output: Operand,
 }
 
-struct Layer {
-    attn_norm: Vec<f32>,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_output: Tensor,
-    ffn_norm: Vec<f32>,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+/// How queries and keys carry their position.
+struct Rotation {
+    /// `[rope dims / 2]`
+    frequencies: Vec<f32>,
+    magnitude: f32,
 }
 
 /// Rows to compute together: prompt chunks and single decode steps of any number of sequences, token-flattened.
@@ -51,18 +50,28 @@ pub struct Batch<'a> {
 /// The buffers of a forward pass, kept from one to the next.
 #[derive(Default)]
 pub struct Activations {
+    /// The residual stream, `[rows, d_model]`.
     x: Vec<f32>,
     normed: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     attended: Vec<f32>,
+    /// What a block adds to the residual stream.
     delta: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    gated: GatedBuffers,
+    experts: ExpertBuffers,
+    /// `[rotations, rows, rope dims / 2]`
     cos: Vec<f32>,
     sin: Vec<f32>,
     logits: Vec<f32>,
+}
+
+/// The two halves of a feed-forward block.
+#[derive(Default)]
+struct GatedBuffers {
+    gate: Vec<f32>,
+    up: Vec<f32>,
 }
 
 impl Activations {
@@ -70,52 +79,41 @@ impl Activations {
     pub fn logits_mut(&mut self) -> &mut [f32] {
         &mut self.logits
     }
+
+    fn prepare(&mut self, rows: usize, config: &ModelConfig, rotations: usize) {
+        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        self.x.resize(rows * config.d_model, 0.0);
+        self.normed.resize(rows * config.d_model, 0.0);
+        self.delta.resize(rows * config.d_model, 0.0);
+        self.q.resize(rows * q_width, 0.0);
+        self.attended.resize(rows * q_width, 0.0);
+        self.k.resize(rows * kv_width, 0.0);
+        self.v.resize(rows * kv_width, 0.0);
+        self.cos.resize(rotations * rows * config.rope.dims / 2, 0.0);
+        self.sin.resize(rotations * rows * config.rope.dims / 2, 0.0);
+    }
 }
 
 impl Decoder {
-    /// Finds and checks every tensor that `config` describes.
-    pub fn new(source: &dyn WeightSource, config: ModelConfig) -> Result<Decoder, ModelError> {
-        refuse_unsupported(source.path(), &config)?;
-        let matrix = |layer: usize, role: Role, rows: usize, cols: usize| {
-            let name = config.names.name(layer, role);
-            let Some(tensor) = source.tensor(&name) else {
-                return Err(ModelError::MissingTensor { path: source.path().to_owned(), tensor: name });
-            };
-            if (tensor.rows, tensor.cols) != (rows, cols) {
-                return Err(ModelError::Malformed {
-                    path: source.path().to_owned(),
-                    what: format!(
-                        "tensor '{name}' is {} × {}, but the model's settings ask for {rows} × {cols}",
-                        tensor.rows, tensor.cols
-                    ),
-                });
-            }
-            Ok(tensor)
+    /// Finds and checks every tensor that `config` describes; `packed` holds the tiles of the same source.
+    pub fn new(
+        source: &dyn WeightSource,
+        packed: &PackedWeights,
+        config: ModelConfig,
+    ) -> Result<Decoder, ModelError> {
+        let finder = Finder { source, packed, config: &config };
+        let layers = (0..config.layers).map(|layer| finder.layer(layer)).collect::<Result<_, _>>()?;
+        let embedding = finder.tensor(0, Role::TokenEmbedding, config.vocab, config.d_model)?;
+        let head = if config.tied_head { Role::TokenEmbedding } else { Role::Output };
+        let output = finder.operand(0, head, config.vocab, config.d_model)?;
+        let output_norm = finder.norm(0, Role::OutputNorm, config.d_model)?;
+        let rotation = |rope: &Rope| Rotation {
+            frequencies: rope.frequencies(config.context),
+            magnitude: rope.magnitude(),
         };
-        let (d, ff) = (config.d_model, config.d_ff);
-        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let layers = (0..config.layers)
-            .map(|layer| {
-                Ok(Layer {
-                    attn_norm: matrix(layer, Role::AttnNorm, 1, d)?.to_f32(),
-                    q: matrix(layer, Role::AttnQ, q_width, d)?,
-                    k: matrix(layer, Role::AttnK, kv_width, d)?,
-                    v: matrix(layer, Role::AttnV, kv_width, d)?,
-                    attn_output: matrix(layer, Role::AttnOutput, d, q_width)?,
-                    ffn_norm: matrix(layer, Role::FfnNorm, 1, d)?.to_f32(),
-                    gate: matrix(layer, Role::FfnGate, ff, d)?,
-                    up: matrix(layer, Role::FfnUp, ff, d)?,
-                    down: matrix(layer, Role::FfnDown, d, ff)?,
-                })
-            })
-            .collect::<Result<Vec<Layer>, ModelError>>()?;
-        let embedding = matrix(0, Role::TokenEmbedding, config.vocab, d)?;
-        let output = match config.tied_head {
-            true => embedding.clone(),
-            false => matrix(0, Role::Output, config.vocab, d)?,
-        };
-        let output_norm = matrix(0, Role::OutputNorm, 1, d)?.to_f32();
-        Ok(Decoder { frequencies: config.rope.frequencies(), embedding, layers, output_norm, output, config })
+        let rotations =
+            [Some(&config.rope), config.local_rope.as_ref()].into_iter().flatten().map(rotation).collect();
+        Ok(Decoder { rotations, embedding, layers, output_norm, output, config })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -131,138 +129,207 @@ impl Decoder {
     /// Computes every row of `batch`: writes its keys and values to its pages and leaves the wanted logits in
     /// `work.logits_mut()`. Each row's bits depend on its own sequence alone.
     pub fn forward(&self, cpu: &Cpu, layout: &PageLayout, batch: &Batch<'_>, work: &mut Activations) {
-        let config = &self.config;
         let rows = batch.tokens.len();
-        let (d, head_dim, eps) = (config.d_model, config.head_dim, config.norm_eps);
-        let (q_width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
         assert_eq!(batch.sequences.iter().map(|sequence| sequence.rows).sum::<usize>(), rows);
-        work.prepare(rows, config);
+        work.prepare(rows, &self.config, self.rotations.len());
+        self.embed(batch.tokens, work);
+        self.angles(batch, work);
+        for (index, layer) in self.layers.iter().enumerate() {
+            self.attention(cpu, layout, batch, index, layer, work);
+            self.feed_forward(cpu, layer, work);
+        }
+        self.logits(cpu, batch.logit_rows, work);
+    }
 
-        // Token embedding.
+    /// Each token's row of the embedding, scaled.
+    fn embed(&self, tokens: &[TokenId], work: &mut Activations) {
+        let d = self.config.d_model;
         let row_bytes = self.embedding.ty.row_bytes(d);
-        for (token, x) in batch.tokens.iter().zip(work.x.chunks_exact_mut(d)) {
+        for (token, x) in tokens.iter().zip(work.x.chunks_exact_mut(d)) {
             let row = &self.embedding.bytes()[*token as usize * row_bytes..][..row_bytes];
             dormouse_kernels::quant::dequantize(self.embedding.ty, row, x);
         }
-
-        // The rotation of every row's position, the same in all layers.
-        let pairs = self.frequencies.len();
-        for sequence in batch.sequences {
-            for row in 0..sequence.rows {
-                let at = (sequence.first_row + row) * pairs;
-                let (cos, sin) = (&mut work.cos[at..at + pairs], &mut work.sin[at..at + pairs]);
-                rope::angles(sequence.start + row, &self.frequencies, cos, sin);
-            }
+        if self.config.embedding_scale != 1.0 {
+            scale(&mut work.x, self.config.embedding_scale);
         }
+    }
 
-        for (index, layer) in self.layers.iter().enumerate() {
-            // Attention: norm, projections, rotation, append to the pages, attend, project back, add.
-            rms_norm(cpu, &work.x, &layer.attn_norm, eps, &mut work.normed);
-            let projections = [
-                Product { weights: matrix(&layer.q), out: &mut work.q },
-                Product { weights: matrix(&layer.k), out: &mut work.k },
-                Product { weights: matrix(&layer.v), out: &mut work.v },
-            ];
-            matmul(cpu, &work.normed, projections);
+    /// The rotation of every row's position, the same in all layers that share one.
+    fn angles(&self, batch: &Batch<'_>, work: &mut Activations) {
+        let pairs = self.config.rope.dims / 2;
+        for (index, rotation) in self.rotations.iter().enumerate() {
             for sequence in batch.sequences {
                 for row in 0..sequence.rows {
-                    let at = sequence.first_row + row;
-                    let (cos, sin) = (&work.cos[at * pairs..][..pairs], &work.sin[at * pairs..][..pairs]);
-                    let kind = config.rope.kind;
-                    rope::rotate(kind, &mut work.q[at * q_width..][..q_width], head_dim, cos, sin);
-                    let k = &mut work.k[at * kv_width..][..kv_width];
-                    rope::rotate(kind, k, head_dim, cos, sin);
-                    let position = sequence.start + row;
-                    let page = sequence.pages[position / PAGE_TOKENS];
-                    store_kv(
-                        layout,
-                        page,
-                        index,
-                        position % PAGE_TOKENS,
-                        k,
-                        &work.v[at * kv_width..][..kv_width],
-                    );
+                    let at = (index * batch.tokens.len() + sequence.first_row + row) * pairs;
+                    let (cos, sin) = (&mut work.cos[at..at + pairs], &mut work.sin[at..at + pairs]);
+                    rope::angles(sequence.start + row, &rotation.frequencies, cos, sin);
+                    if rotation.magnitude != 1.0 {
+                        scale(cos, rotation.magnitude);
+                        scale(sin, rotation.magnitude);
+                    }
                 }
             }
-            let attention = Attention {
-                layout: *layout,
-                layer: index,
-                heads: config.heads,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                window: config.sliding_window,
-            };
-            attend(cpu, attention, batch.sequences, &work.q, &mut work.attended);
-            matmul(
-                cpu,
-                &work.attended,
-                [Product { weights: matrix(&layer.attn_output), out: &mut work.delta }],
-            );
-            add(&mut work.x, &work.delta);
-
-            // Feed-forward: norm, gate and up, activation, down, add.
-            rms_norm(cpu, &work.x, &layer.ffn_norm, eps, &mut work.normed);
-            let projections = [
-                Product { weights: matrix(&layer.gate), out: &mut work.gate },
-                Product { weights: matrix(&layer.up), out: &mut work.up },
-            ];
-            matmul(cpu, &work.normed, projections);
-            silu_gate(cpu, &mut work.gate, &work.up);
-            matmul(cpu, &work.gate, [Product { weights: matrix(&layer.down), out: &mut work.delta }]);
-            add(&mut work.x, &work.delta);
         }
+    }
 
-        // Logits of the rows that ask for them.
-        let wanted = batch.logit_rows.len();
-        work.logits.resize(wanted * config.vocab, 0.0);
-        if wanted == 0 {
+    /// Norm, projections, rotation, append to the pages, attend, project back, norm, add.
+    fn attention(
+        &self,
+        cpu: &Cpu,
+        layout: &PageLayout,
+        batch: &Batch<'_>,
+        index: usize,
+        layer: &Layer,
+        work: &mut Activations,
+    ) {
+        let config = &self.config;
+        let input = normed(cpu, &work.x, layer.attn_norm.as_deref(), config.norm_eps, &mut work.normed);
+        let projections = [
+            Product { weights: layer.q.weight.matrix(), out: &mut work.q },
+            Product { weights: layer.k.weight.matrix(), out: &mut work.k },
+            Product { weights: layer.v.weight.matrix(), out: &mut work.v },
+        ];
+        matmul(cpu, input, projections);
+        for (projection, out) in [(&layer.q, &mut work.q), (&layer.k, &mut work.k), (&layer.v, &mut work.v)] {
+            add_own_bias(cpu, projection, out);
+        }
+        for (norm, out) in [(&layer.q_norm, &mut work.q), (&layer.k_norm, &mut work.k)] {
+            if let Some(weight) = norm {
+                rms_norm_in_place(cpu, out, weight, config.norm_eps);
+            }
+        }
+        if let Some(rotation) = layer.rotation {
+            self.rotate(cpu, rotation, batch.tokens.len(), work);
+        }
+        if let Some(temperature) = &config.attention_temperature {
+            warm(temperature, batch, &mut work.q);
+        }
+        store_kv(cpu, layout, index, batch.sequences, &work.k, &work.v);
+        let attention = Attention {
+            layout: *layout,
+            layer: index,
+            heads: config.heads,
+            scale: config.attention_scale,
+            window: layer.window,
+            soft_cap: config.attention_soft_cap,
+        };
+        attend(cpu, attention, batch.sequences, &work.q, &mut work.attended);
+        let product = Product { weights: layer.attn_output.weight.matrix(), out: &mut work.delta };
+        matmul(cpu, &work.attended, [product]);
+        add_own_bias(cpu, &layer.attn_output, &mut work.delta);
+        self.add_block(cpu, layer.attn_post_norm.as_deref(), work);
+    }
+
+    /// Gives queries and keys their position.
+    fn rotate(&self, cpu: &Cpu, rotation: usize, rows: usize, work: &mut Activations) {
+        let (kind, head_dim, pairs) =
+            (self.config.rope.kind, self.config.head_dim, self.config.rope.dims / 2);
+        let range = rotation * rows * pairs..(rotation + 1) * rows * pairs;
+        let (cos, sin) = (&work.cos[range.clone()], &work.sin[range]);
+        rope::rotate(cpu, kind, &mut work.q, head_dim, pairs, cos, sin);
+        rope::rotate(cpu, kind, &mut work.k, head_dim, pairs, cos, sin);
+    }
+
+    /// Norm, gate and up, activation, down, norm, add; with experts, by those that each row is routed to.
+    fn feed_forward(&self, cpu: &Cpu, layer: &Layer, work: &mut Activations) {
+        let config = &self.config;
+        let input = normed(cpu, &work.x, layer.ffn_norm.as_deref(), config.norm_eps, &mut work.normed);
+        let (activation, buffers) = (config.activation, &mut work.gated);
+        match &layer.feed_forward {
+            FeedForward::Dense(weights) => gated(cpu, activation, weights, input, buffers, &mut work.delta),
+            FeedForward::Experts(weights) => {
+                experts::forward(
+                    cpu,
+                    activation,
+                    weights,
+                    input,
+                    (&mut work.experts, buffers),
+                    &mut work.delta,
+                );
+            }
+        }
+        self.add_block(cpu, layer.ffn_post_norm.as_deref(), work);
+    }
+
+    /// Adds a block's result, in `work.delta`, to the residual stream.
+    fn add_block(&self, cpu: &Cpu, post_norm: Option<&[f32]>, work: &mut Activations) {
+        let delta = normed(cpu, &work.delta, post_norm, self.config.norm_eps, &mut work.normed);
+        add_scaled(cpu, &mut work.x, delta, self.config.residual_scale);
+    }
+
+    /// Logits of the rows that ask for them.
+    fn logits(&self, cpu: &Cpu, wanted: &[usize], work: &mut Activations) {
+        let config = &self.config;
+        let d = config.d_model;
+        work.logits.resize(wanted.len() * config.vocab, 0.0);
+        if wanted.is_empty() {
             return;
         }
-        for (slot, row) in batch.logit_rows.iter().enumerate() {
+        for (slot, row) in wanted.iter().enumerate() {
             work.x.copy_within(row * d..(row + 1) * d, slot * d);
         }
-        let normed = &mut work.normed[..wanted * d];
-        rms_norm(cpu, &work.x[..wanted * d], &self.output_norm, eps, normed);
-        matmul(cpu, normed, [Product { weights: matrix(&self.output), out: &mut work.logits }]);
+        let normed = &mut work.normed[..wanted.len() * d];
+        rms_norm(cpu, &work.x[..wanted.len() * d], &self.output_norm, config.norm_eps, normed);
+        matmul(cpu, normed, [Product { weights: self.output.matrix(), out: &mut work.logits }]);
+        if config.logit_scale != 1.0 {
+            scale(&mut work.logits, config.logit_scale);
+        }
+        if let Some(cap) = config.logit_soft_cap {
+            soft_cap(cpu, &mut work.logits, cap);
+        }
     }
 }
 
-impl Activations {
-    fn prepare(&mut self, rows: usize, config: &ModelConfig) {
-        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        self.x.resize(rows * config.d_model, 0.0);
-        self.normed.resize(rows * config.d_model, 0.0);
-        self.delta.resize(rows * config.d_model, 0.0);
-        self.q.resize(rows * q_width, 0.0);
-        self.attended.resize(rows * q_width, 0.0);
-        self.k.resize(rows * kv_width, 0.0);
-        self.v.resize(rows * kv_width, 0.0);
-        self.gate.resize(rows * config.d_ff, 0.0);
-        self.up.resize(rows * config.d_ff, 0.0);
-        self.cos.resize(rows * config.rope.dims / 2, 0.0);
-        self.sin.resize(rows * config.rope.dims / 2, 0.0);
+/// Scales every row's queries by its position's factor.
+fn warm(temperature: &Temperature, batch: &Batch<'_>, q: &mut [f32]) {
+    let width = q.len() / batch.tokens.len();
+    for sequence in batch.sequences {
+        for row in 0..sequence.rows {
+            let factor = temperature.factor(sequence.start + row);
+            if factor != 1.0 {
+                scale(&mut q[(sequence.first_row + row) * width..][..width], factor);
+            }
+        }
     }
 }
 
-fn matrix(tensor: &Tensor) -> Matrix<'_> {
-    Matrix::new(tensor.ty, tensor.rows, tensor.cols, tensor.bytes())
+/// `x` after the norm, in `buffer`; `x` itself where there is none.
+fn normed<'a>(cpu: &Cpu, x: &'a [f32], weight: Option<&[f32]>, eps: f32, buffer: &'a mut [f32]) -> &'a [f32] {
+    match weight {
+        None => x,
+        Some(weight) => {
+            rms_norm(cpu, x, weight, eps, buffer);
+            buffer
+        }
+    }
 }
 
-/// Refuses what the description can say and this decoder does not compute, by name, before a wrong token is computed.
-fn refuse_unsupported(path: &Path, config: &ModelConfig) -> Result<(), ModelError> {
-    let unsupported = [
-        (config.qkv_bias, "biases on the attention projections"),
-        (config.qk_norm, "normalised queries and keys"),
-        (config.activation != Activation::Silu, "an activation other than SiLU"),
-        (config.attention_soft_cap.is_some(), "soft-capped attention scores"),
-        (config.logit_soft_cap.is_some(), "soft-capped logits"),
-        (config.embedding_scale.is_some(), "scaled embeddings"),
-        (config.head_dim > LARGEST_HEAD, "heads wider than 512"),
+/// `out = down · (activation(gate · x) ∘ (up · x))`
+fn gated(
+    cpu: &Cpu,
+    activation: Activation,
+    weights: &Gated,
+    x: &[f32],
+    buffers: &mut GatedBuffers,
+    out: &mut [f32],
+) {
+    let wide = x.len() / weights.gate.cols * weights.gate.rows;
+    buffers.gate.resize(wide, 0.0);
+    buffers.up.resize(wide, 0.0);
+    let halves = [
+        Product { weights: weights.gate.matrix(), out: &mut buffers.gate },
+        Product { weights: weights.up.matrix(), out: &mut buffers.up },
     ];
-    match unsupported.iter().find(|(present, _)| *present) {
-        None => Ok(()),
-        Some((_, what)) => Err(ModelError::Malformed {
-            path: path.to_owned(),
-            what: format!("the model has {what}, which this version does not compute"),
-        }),
+    matmul(cpu, x, halves);
+    match activation {
+        Activation::Silu => silu_gate(cpu, &mut buffers.gate, &buffers.up),
+        Activation::GeluTanh => gelu_gate(cpu, &mut buffers.gate, &buffers.up),
+    }
+    matmul(cpu, &buffers.gate, [Product { weights: weights.down.matrix(), out }]);
+}
+
+fn add_own_bias(cpu: &Cpu, projection: &Projection, out: &mut [f32]) {
+    if let Some(bias) = &projection.bias {
+        add_bias(cpu, out, bias);
     }
 }

@@ -139,6 +139,12 @@ impl GgufFile {
         )
     }
 
+    /// The values of an array of `bool`.
+    pub fn bools(&self, key: &str) -> Option<Vec<bool>> {
+        let (count, at) = self.array(key, 7)?;
+        Some(self.map[at..at + count].iter().map(|&value| value != 0).collect())
+    }
+
     /// Count and place of an array whose elements have this GGUF value type.
     fn array(&self, key: &str, wanted: u32) -> Option<(usize, usize)> {
         match *self.metadata.get(key)? {
@@ -176,6 +182,10 @@ impl WeightSource for GgufFile {
         let info = self.tensors.get(name)?;
         let (cols, outer) = info.shape.split_last()?;
         Some(Tensor::new(info.ty, outer.iter().product(), *cols, self.map.clone(), info.offset))
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
     }
 }
 

@@ -9,6 +9,7 @@ use crate::ModelError;
 use crate::chat_template::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
+use crate::pack::{PackFile, PackedWeights};
 use crate::source::ModelSource;
 use crate::tokenizer::Tokenizer;
 
@@ -24,6 +25,8 @@ pub struct LoadOptions {
     pub weights_hash: [u8; 32],
     /// The device's numerics tag (`Cpu::numerics`).
     pub device_numerics: String,
+    /// Folders for the packed weights ([`PackFile`]); with none, they are packed into memory.
+    pub pack_folders: Vec<PathBuf>,
 }
 
 pub struct Model {
@@ -40,10 +43,32 @@ pub struct Model {
 
 impl Model {
     /// Maps the GGUF file, or the safetensors folder, at `path`.
-    pub fn load(path: &Path, options: LoadOptions) -> Result<Model, ModelError> {
+    ///
+    /// Where its weights are not packed yet, they are, and `progress` is told (bytes done, bytes in all).
+    pub fn load(
+        path: &Path,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model, ModelError> {
         let source = ModelSource::open(path)?;
         let config = source.config()?;
-        let decoder = Decoder::new(&source, config.clone())?;
+        let context = options.context.unwrap_or(config.context);
+        if context == 0 || context > config.context {
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                what: format!(
+                    "a context of {context} tokens was asked for; the model was trained for 1 to {}",
+                    config.context
+                ),
+            });
+        }
+        let config = config.for_context(context);
+        let (folders, weights_hash) = (&options.pack_folders[..], options.weights_hash);
+        let packed = match folders {
+            [] => PackedWeights::in_memory(&source)?,
+            _ => PackedWeights::open(&source, PackFile { folders, weights_hash, progress })?,
+        };
+        let decoder = Decoder::new(&source, &packed, config.clone())?;
         let tokenizer = source.tokenizer()?;
         let template = source.chat_template(&tokenizer)?;
         if tokenizer.vocab_size() > config.vocab {
@@ -53,16 +78,6 @@ impl Model {
                     "the tokenizer has {} tokens, but the embedding only {} rows",
                     tokenizer.vocab_size(),
                     config.vocab
-                ),
-            });
-        }
-        let context = options.context.unwrap_or(config.context);
-        if context == 0 || context > config.context {
-            return Err(ModelError::Malformed {
-                path: path.to_owned(),
-                what: format!(
-                    "a context of {context} tokens was asked for; the model was trained for 1 to {}",
-                    config.context
                 ),
             });
         }

@@ -60,11 +60,6 @@ impl SafetensorsFolder {
         let path = self.path.join(name);
         if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
     }
-
-    /// The names of all tensors, in no particular order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
 }
 
 impl WeightSource for SafetensorsFolder {
@@ -74,6 +69,10 @@ impl WeightSource for SafetensorsFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor> {
         self.tensors.get(name).cloned()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
     }
 }
 

@@ -69,6 +69,13 @@ impl WeightSource for ModelSource {
             ModelSource::Folder(folder) => folder.tensor(name),
         }
     }
+
+    fn names(&self) -> Vec<&str> {
+        match self {
+            ModelSource::Gguf(file) => file.names(),
+            ModelSource::Folder(folder) => folder.names(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ mod from_json;
 mod sentencepiece;
 mod split;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
@@ -170,7 +170,13 @@ impl Tokenizer {
                 }
                 let unknown = file.u32("tokenizer.ggml.unknown_token_id");
                 let model = Box::new(SentencePiece::new(&texts, scores, unknown));
-                Encoder::SentencePiece { model, specials: SpecialFinder::new(&texts, &kinds)? }
+                let mut specials = SpecialFinder::new(&texts, &kinds)?;
+                // Phi 3's marks swallow the white space after them, which GGUF has no setting for.
+                if file.architecture()? == "phi3" {
+                    specials.swallow_spaces(&texts, &kinds);
+                    hash_part(&mut hash, b"marks swallow spaces");
+                }
+                Encoder::SentencePiece { model, specials }
             }
             other => {
                 return Err(ModelError::Tokenizer(format!(
@@ -379,6 +385,8 @@ enum Part<'a> {
 struct SpecialFinder {
     all: Finder,
     user_defined: Finder,
+    /// Tokens that swallow the white space after them.
+    swallowing: HashSet<TokenId>,
 }
 
 struct Finder {
@@ -409,7 +417,17 @@ impl SpecialFinder {
         Ok(SpecialFinder {
             all: Finder::new(texts, kinds, special)?,
             user_defined: Finder::new(texts, kinds, |kind| kind == Kind::UserDefined)?,
+            swallowing: HashSet::new(),
         })
+    }
+
+    /// Makes special tokens swallow the white space after them, all but those that begin and end a document.
+    fn swallow_spaces(&mut self, texts: &[&str], kinds: &[Kind]) {
+        let special = |kind| matches!(kind, Kind::Control | Kind::UserDefined);
+        let swallows = |text: &str| !matches!(text, "<unk>" | "<s>" | "<|endoftext|>");
+        let marks = texts.iter().zip(kinds).zip(0..);
+        self.swallowing =
+            marks.filter(|((text, kind), _)| special(**kind) && swallows(text)).map(|(_, id)| id).collect();
     }
 
     fn split<'t>(
@@ -428,8 +446,12 @@ impl SpecialFinder {
             if at < found.start() {
                 each(Part::Text { text: &text[at..found.start()], after_special })?;
             }
-            each(Part::Special(finder.ids[found.pattern()]))?;
+            let id = finder.ids[found.pattern()];
+            each(Part::Special(id))?;
             (at, after_special) = (found.end(), true);
+            if self.swallowing.contains(&id) {
+                at = text.len() - text[at..].trim_start().len();
+            }
         }
         if at < text.len() {
             each(Part::Text { text: &text[at..], after_special })?;

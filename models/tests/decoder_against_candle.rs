@@ -3,17 +3,20 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod rig;
+
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor as Candle};
 use candle_transformers::models::llama::{Cache, Config, Llama, LlamaEosToks};
-use dormouse_kernels::cpu::attention::Sequence;
-use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PagePtr};
+use dormouse_kernels::{Cpu, KvDtype, Precision};
 use dormouse_models::config::{ModelConfig, NameScheme, Role};
-use dormouse_models::decoder::{Activations, Batch, Decoder};
+use dormouse_models::decoder::Decoder;
 use dormouse_models::gguf::GgufFile;
+use dormouse_models::pack::PackedWeights;
 use dormouse_models::source::ModelSource;
 use dormouse_models::weights::WeightSource;
+use rig::Rig;
 
 fn test_model() -> GgufFile {
     let path = std::env::var_os("DORMOUSE_TEST_MODEL").map_or_else(
@@ -41,45 +44,23 @@ fn candle_logits(config: &Config, tensors: HashMap<String, Candle>, tokens: &[u3
     llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
 }
 
-/// One sequence with pages in plain memory.
-struct Rig {
-    decoder: Decoder,
-    dtype: KvDtype,
-    _memory: Vec<Vec<u32>>,
-    pages: Vec<PagePtr>,
-    len: usize,
-    work: Activations,
+fn decoder(source: &dyn WeightSource, config: ModelConfig) -> Decoder {
+    Decoder::new(source, &PackedWeights::in_memory(source).unwrap(), config).unwrap()
 }
 
-impl Rig {
-    fn new(dtype: KvDtype, positions: usize) -> Rig {
-        let file = test_model();
-        Rig::of(Decoder::new(&file, ModelConfig::from_gguf(&file).unwrap()).unwrap(), dtype, positions)
-    }
-
-    fn of(decoder: Decoder, dtype: KvDtype, positions: usize) -> Rig {
-        let bytes = decoder.page_layout(dtype).page_bytes();
-        let mut memory = vec![vec![0u32; bytes / 4]; positions.div_ceil(PAGE_TOKENS)];
-        // SAFETY: the vectors hold a page each and live as long as the rig.
-        let pages = memory.iter_mut().map(|page| unsafe { PagePtr::new(page.as_mut_ptr().cast()) }).collect();
-        Rig { decoder, dtype, _memory: memory, pages, len: 0, work: Activations::default() }
-    }
-
-    /// Appends `tokens` and returns the logits of each.
-    fn append(&mut self, cpu: &Cpu, tokens: &[u32]) -> Vec<Vec<f32>> {
-        let sequence = Sequence { pages: &self.pages, first_row: 0, rows: tokens.len(), start: self.len };
-        let rows: Vec<usize> = (0..tokens.len()).collect();
-        let batch = Batch { tokens, sequences: &[sequence], logit_rows: &rows };
-        self.decoder.forward(cpu, &self.decoder.page_layout(self.dtype), &batch, &mut self.work);
-        self.len += tokens.len();
-        let vocab = self.decoder.config().vocab;
-        self.work.logits_mut().chunks(vocab).map(<[f32]>::to_vec).collect()
-    }
+fn test_decoder() -> Decoder {
+    let file = test_model();
+    decoder(&file, ModelConfig::from_gguf(&file).unwrap())
 }
 
 /// Token ids that are real words of the vocabulary, without asking the tokenizer.
 fn prompt(n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| 300 + i.wrapping_mul(2_654_435_761) % 40_000).collect()
+}
+
+/// Fine enough to be held against f32 arithmetic.
+fn cpu(threads: usize) -> Cpu {
+    Cpu::new(threads).unwrap().with_precision(Precision::Int16)
 }
 
 #[test]
@@ -108,7 +89,7 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
             }
             let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
             (
-                NameScheme::HuggingFace.name(layer, role),
+                NameScheme::HuggingFace { post_norms: false }.name(layer, role),
                 Candle::from_vec(values, shape, &Device::Cpu).unwrap(),
             )
         })
@@ -131,7 +112,7 @@ fn logits_equal_those_of_candle_in_f32_on_the_same_weights() {
     };
     let tokens = prompt(150);
     let expected = candle_logits(&candle_config, tensors, &tokens);
-    let got = Rig::new(KvDtype::F16, 192).append(&Cpu::new(2).unwrap(), &tokens).pop().unwrap();
+    let got = Rig::new(&test_decoder(), KvDtype::F16, 192).append(&cpu(2), &tokens).pop().unwrap();
     assert_close(&got, &expected);
 }
 
@@ -192,18 +173,19 @@ fn a_safetensors_folder_with_llama3_rope_scaling_equals_candle_in_f32() {
     let expected = candle_logits(&candle_config.into_config(false), tensors, &tokens);
 
     let source = ModelSource::open(folder.path()).unwrap();
-    let decoder = Decoder::new(&source, source.config().unwrap()).unwrap();
-    let got = Rig::of(decoder, KvDtype::F16, 192).append(&Cpu::new(2).unwrap(), &tokens).pop().unwrap();
+    let decoder = decoder(&source, source.config().unwrap());
+    let got = Rig::new(&decoder, KvDtype::F16, 192).append(&cpu(2), &tokens).pop().unwrap();
     assert_close(&got, &expected);
 }
 
 #[test]
 fn logits_are_the_same_bits_in_one_prefill_in_chunks_and_token_by_token() {
     let tokens = prompt(140);
+    let decoder = test_decoder();
     for dtype in [KvDtype::F16, KvDtype::Q8_0] {
-        let whole = Rig::new(dtype, 192).append(&Cpu::new(2).unwrap(), &tokens);
-        let cpu = Cpu::new(1).unwrap();
-        let mut rig = Rig::new(dtype, 192);
+        let whole = Rig::new(&decoder, dtype, 192).append(&cpu(2), &tokens);
+        let cpu = cpu(1);
+        let mut rig = Rig::new(&decoder, dtype, 192);
         let mut pieces = Vec::new();
         for piece in [&tokens[..7], &tokens[7..100], &tokens[100..128]] {
             pieces.extend(rig.append(&cpu, piece));

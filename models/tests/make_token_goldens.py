@@ -1,4 +1,5 @@
-"""Writes smollm2_token_goldens.json: token ids that llama.cpp gives for varied texts. Needs xllamacpp (PyPI).
+"""Writes smollm2_token_goldens.json or gemma3_token_goldens.json: token ids that llama.cpp gives for varied texts. Needs
+xllamacpp (PyPI).
 
 Usage: make_token_goldens.py MODEL.gguf OUTPUT.json
 """

@@ -171,6 +171,27 @@ mod tests {
         assert_eq!(pieces("gpt-2", "It's 2024"), ["It", "'s", " 2024"]);
     }
 
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        text: String,
+        /// Characters of each piece, by the name of the rule.
+        lengths: std::collections::HashMap<String, Vec<usize>>,
+    }
+
+    #[test]
+    fn pieces_are_those_of_the_published_expressions_with_their_look_ahead() {
+        let goldens: Vec<Golden> =
+            serde_json::from_str(include_str!("../../tests/split_goldens.json")).unwrap();
+        assert!(goldens.len() >= 150);
+        for Golden { text, lengths } in goldens {
+            for (name, lengths) in lengths {
+                let got: Vec<usize> =
+                    pieces(&name, &text).iter().map(|piece| piece.chars().count()).collect();
+                assert_eq!(got, lengths, "{name} {text:?}");
+            }
+        }
+    }
+
     #[test]
     fn every_family_compiles_and_loses_nothing() {
         let text =

@@ -87,3 +87,21 @@ fn merges_about_unknown_tokens_are_an_error_and_not_a_panic() {
     assert!(ByteLevel::new(pre(), &["a", "b"], &["ab"]).is_err());
     assert!(ByteLevel::new(pre(), &["a", "b", "ab"], &["a b"]).is_ok());
 }
+
+#[test]
+fn phi_3s_marks_swallow_the_white_space_after_them() {
+    let texts = ["<unk>", "<s>", "<|user|>", "a"];
+    let kinds = [Kind::Unknown, Kind::Control, Kind::UserDefined, Kind::Normal];
+    let mut finder = SpecialFinder::new(&texts, &kinds).unwrap();
+    finder.swallow_spaces(&texts, &kinds);
+    let mut parts = Vec::new();
+    let mut each = |part: Part<'_>| {
+        parts.push(match part {
+            Part::Special(id) => texts[id as usize].to_owned(),
+            Part::Text { text, .. } => text.to_owned(),
+        });
+        Ok(())
+    };
+    finder.split("<s> a<|user|> \n\n b <|user|>\n<|user|>", Specials::Parse, &mut each).unwrap();
+    assert_eq!(parts, ["<s>", " a", "<|user|>", "b ", "<|user|>", "<|user|>"]);
+}

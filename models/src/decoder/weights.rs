@@ -1,0 +1,223 @@
+//! The decoder's weights, found in the file and checked against the model's description.
+
+use std::ops::Range;
+
+use crate::ModelError;
+use crate::config::{Experts, ModelConfig, QkNorm, Role};
+use crate::pack::PackedWeights;
+use crate::weights::{Operand, Tensor, WeightSource};
+
+pub(super) struct Layer {
+    /// Positions that attention sees; None: all.
+    pub window: Option<usize>,
+    /// Which of the decoder's rotations this layer's queries and keys take.
+    pub rotation: Option<usize>,
+    pub attn_norm: Option<Vec<f32>>,
+    pub q: Projection,
+    pub k: Projection,
+    pub v: Projection,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub attn_output: Projection,
+    pub attn_post_norm: Option<Vec<f32>>,
+    pub ffn_norm: Option<Vec<f32>>,
+    pub feed_forward: FeedForward,
+    pub ffn_post_norm: Option<Vec<f32>>,
+}
+
+/// A matrix, and what is added to its product.
+pub(super) struct Projection {
+    pub weight: Operand,
+    pub bias: Option<Vec<f32>>,
+}
+
+pub(super) enum FeedForward {
+    Dense(Gated),
+    Experts(Routed),
+}
+
+/// Experts, and what chooses among them.
+pub(super) struct Routed {
+    pub settings: Experts,
+    /// `[experts, d_model]`
+    pub router: Operand,
+    pub experts: Vec<Gated>,
+}
+
+/// `down · (activation(gate · x) ∘ (up · x))`
+pub(super) struct Gated {
+    pub gate: Operand,
+    pub up: Operand,
+    pub down: Operand,
+}
+
+/// Looks tensors up by role.
+pub(super) struct Finder<'a> {
+    pub source: &'a dyn WeightSource,
+    /// The tiles of the same source.
+    pub packed: &'a PackedWeights,
+    pub config: &'a ModelConfig,
+}
+
+impl Finder<'_> {
+    /// The tensor of this role as it lies in the file, which must have this shape.
+    pub fn tensor(&self, layer: usize, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+        self.named(&self.config.names.name(layer, role), rows, cols)
+    }
+
+    /// The same as a matrix to multiply with.
+    pub fn operand(&self, layer: usize, role: Role, rows: usize, cols: usize) -> Result<Operand, ModelError> {
+        let name = self.config.names.name(layer, role);
+        let tensor = self.named(&name, rows, cols)?;
+        self.packed.operand(&name, &tensor).ok_or_else(|| {
+            ModelError::malformed(self.source.path(), format!("the packed weights lack the matrix '{name}'"))
+        })
+    }
+
+    /// The weights of a norm over `width` values.
+    pub fn norm(&self, layer: usize, role: Role, width: usize) -> Result<Vec<f32>, ModelError> {
+        let mut weights = self.tensor(layer, role, 1, width)?.to_f32();
+        weights.iter_mut().for_each(|weight| *weight += self.config.norm_offset);
+        Ok(weights)
+    }
+
+    pub fn layer(&self, layer: usize) -> Result<Layer, ModelError> {
+        let config = self.config;
+        let kind = config.layer_kinds[layer];
+        let (d, hd) = (config.d_model, config.head_dim);
+        let (q_width, kv_width) = (config.heads * hd, config.kv_heads * hd);
+        let [q, k, v] = self.parts(
+            layer,
+            Role::AttnQkv,
+            [(Role::AttnQ, q_width), (Role::AttnK, kv_width), (Role::AttnV, kv_width)],
+        )?;
+        let norm = |present: bool, role: Role, width: usize| {
+            present.then(|| self.norm(layer, role, width)).transpose()
+        };
+        let (q_norm_width, k_norm_width) = match config.qk_norm {
+            QkNorm::Projection => (q_width, kv_width),
+            QkNorm::Head | QkNorm::None => (hd, hd),
+        };
+        let qk_norm = config.qk_norm != QkNorm::None;
+        Ok(Layer {
+            window: config.window(layer),
+            rotation: kind.rotated.then_some(usize::from(kind.windowed && config.local_rope.is_some())),
+            attn_norm: norm(config.pre_norms, Role::AttnNorm, d)?,
+            q: self.projection(layer, Role::AttnQ, q, config.qkv_bias)?,
+            k: self.projection(layer, Role::AttnK, k, config.qkv_bias)?,
+            v: self.projection(layer, Role::AttnV, v, config.qkv_bias)?,
+            q_norm: norm(qk_norm, Role::AttnQNorm, q_norm_width)?,
+            k_norm: norm(qk_norm, Role::AttnKNorm, k_norm_width)?,
+            attn_output: self.projection(
+                layer,
+                Role::AttnOutput,
+                self.operand(layer, Role::AttnOutput, d, q_width)?,
+                config.output_bias,
+            )?,
+            attn_post_norm: norm(config.post_norms, Role::AttnPostNorm, d)?,
+            ffn_norm: norm(config.pre_norms, Role::FfnNorm, d)?,
+            feed_forward: self.feed_forward(layer)?,
+            ffn_post_norm: norm(config.post_norms, Role::FfnPostNorm, d)?,
+        })
+    }
+
+    fn feed_forward(&self, layer: usize) -> Result<FeedForward, ModelError> {
+        let config = self.config;
+        let (d, ff) = (config.d_model, config.d_ff);
+        let Some(experts) = config.experts.filter(|_| config.layer_kinds[layer].experts) else {
+            let [gate, up] = self.parts(layer, Role::FfnGateUp, [(Role::FfnGate, ff), (Role::FfnUp, ff)])?;
+            let down = self.operand(layer, Role::FfnDown, d, ff)?;
+            return Ok(FeedForward::Dense(Gated { gate, up, down }));
+        };
+        let expert = |role: fn(usize) -> Role, index: usize, rows: usize, cols: usize| {
+            let name = config.names.name(layer, role(index));
+            // One tensor for all experts has one name for all.
+            if name != config.names.name(layer, role(index + 1)) {
+                return self.operand(layer, role(index), rows, cols);
+            }
+            let all = self.operand(layer, role(index), experts.count * rows, cols)?;
+            self.rows(&all, index * rows..(index + 1) * rows, &name)
+        };
+        let gated = |index: usize| {
+            Ok(Gated {
+                gate: expert(Role::ExpertGate, index, experts.d_ff, d)?,
+                up: expert(Role::ExpertUp, index, experts.d_ff, d)?,
+                down: expert(Role::ExpertDown, index, d, experts.d_ff)?,
+            })
+        };
+        Ok(FeedForward::Experts(Routed {
+            settings: experts,
+            router: self.operand(layer, Role::Router, experts.count, d)?,
+            experts: (0..experts.count).map(gated).collect::<Result<_, ModelError>>()?,
+        }))
+    }
+
+    /// Matrices that read the model's width: the rows of one fused matrix, in order, or a tensor each.
+    fn parts<const N: usize>(
+        &self,
+        layer: usize,
+        fused: Role,
+        parts: [(Role, usize); N],
+    ) -> Result<[Operand; N], ModelError> {
+        let d = self.config.d_model;
+        let mut matrices = Vec::with_capacity(N);
+        if self.config.fused {
+            let whole = self.operand(layer, fused, parts.iter().map(|(_, rows)| rows).sum(), d)?;
+            let mut at = 0;
+            for (_, rows) in parts {
+                matrices.push(self.rows(&whole, at..at + rows, &self.config.names.name(layer, fused))?);
+                at += rows;
+            }
+        } else {
+            for (role, rows) in parts {
+                matrices.push(self.operand(layer, role, rows, d)?);
+            }
+        }
+        // One matrix was pushed for each part.
+        matrices
+            .try_into()
+            .map_err(|_| ModelError::malformed(self.source.path(), "a fused matrix lost a part"))
+    }
+
+    fn rows(&self, whole: &Operand, range: Range<usize>, name: &str) -> Result<Operand, ModelError> {
+        whole.rows(range.clone()).ok_or_else(|| {
+            let what = format!(
+                "the rows {} to {} of '{name}' are a matrix of their own, which packed weights cannot be cut into; \
+                 use a file with F16 or BF16 weights",
+                range.start, range.end
+            );
+            ModelError::malformed(self.source.path(), what)
+        })
+    }
+
+    fn projection(
+        &self,
+        layer: usize,
+        role: Role,
+        weight: Operand,
+        biased: bool,
+    ) -> Result<Projection, ModelError> {
+        let bias = match biased {
+            false => None,
+            true => Some(self.named(&self.config.names.bias(layer, role), 1, weight.rows)?.to_f32()),
+        };
+        Ok(Projection { weight, bias })
+    }
+
+    fn named(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+        let path = self.source.path();
+        let Some(tensor) = self.source.tensor(name) else {
+            return Err(ModelError::MissingTensor { path: path.to_owned(), tensor: name.to_owned() });
+        };
+        if (tensor.rows, tensor.cols) != (rows, cols) {
+            return Err(ModelError::malformed(
+                path,
+                format!(
+                    "tensor '{name}' is {} × {}, but the model's settings ask for {rows} × {cols}",
+                    tensor.rows, tensor.cols
+                ),
+            ));
+        }
+        Ok(tensor)
+    }
+}

@@ -1,0 +1,314 @@
+//! Packed weights of a model: a file beside its data, made once, mapped ever after.
+//!
+//! Quantised matrices are multiplied as tiles ([`dormouse_kernels::packed`]), which no model file holds. The tiles of a model
+//! lie in `<model file>.<weights hash>-v<version>.pack`, so a changed model or layout finds no file and makes another one; it is written
+//! beside and renamed, so that a crash leaves none. Layout: magic, length of the index (u64, little-endian), BLAKE3 of the
+//! index, the index as JSON, then each matrix at a multiple of 4 KiB.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dormouse_kernels::cpu::Pool;
+use dormouse_kernels::{GgmlType, packed};
+use memmap2::{Mmap, MmapMut};
+use rustix::fs::{FallocateFlags, FlockOperation};
+use serde::{Deserialize, Serialize};
+
+use crate::ModelError;
+use crate::weights::{Operand, Tensor, WeightSource};
+
+const MAGIC: &[u8; 8] = b"DORMPACK";
+const HEADER_BYTES: usize = 8 + 8 + 32;
+const ALIGNMENT: usize = 4096;
+
+/// The packed matrices of one model.
+pub struct PackedWeights {
+    map: Arc<Mmap>,
+    matrices: HashMap<String, Place>,
+}
+
+/// Where packed weights are kept, and who hears of the work of making them.
+pub struct PackFile<'a> {
+    /// Folders that may hold the pack; it is made in the first that can be written.
+    pub folders: &'a [PathBuf],
+    /// BLAKE3 of the model ([`crate::hash_weights`]).
+    pub weights_hash: [u8; 32],
+    /// Told (bytes done, bytes in all) while a pack is made.
+    pub progress: &'a mut dyn FnMut(u64, u64),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Index {
+    version: u32,
+    weights: String,
+    bytes: usize,
+    matrices: Vec<Place>,
+}
+
+/// A matrix in a pack.
+#[derive(Clone, Serialize, Deserialize)]
+struct Place {
+    name: String,
+    #[serde(rename = "type")]
+    ty: String,
+    rows: usize,
+    cols: usize,
+    offset: usize,
+}
+
+impl Place {
+    fn ty(&self) -> Option<GgmlType> {
+        GgmlType::ALL.into_iter().find(|ty| ty.name() == self.ty && ty.is_packed())
+    }
+
+    fn bytes(&self) -> Option<usize> {
+        let ty = self.ty()?;
+        let whole = self.cols.is_multiple_of(ty.block_len()) && self.rows < 1 << 32 && self.cols < 1 << 32;
+        whole.then(|| ty.packed_bytes(self.rows, self.cols))
+    }
+}
+
+impl PackedWeights {
+    /// Packs every quantised matrix of `source` into memory, for as long as the value lives.
+    pub fn in_memory(source: &dyn WeightSource) -> Result<PackedWeights, ModelError> {
+        let matrices = plan(source, 0);
+        let error = |source_error| ModelError::io(source.path(), source_error);
+        let mut map = MmapMut::map_anon(end(&matrices, 0).max(1)).map_err(error)?;
+        fill(source, &matrices, &mut map, &mut |_, _| {});
+        let map = map.make_read_only().map_err(error)?;
+        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices) })
+    }
+
+    /// Maps the pack of `source`, which is made first where there is none that can be used. Where no folder takes it, the
+    /// weights are packed into memory, at every start.
+    pub fn open(source: &dyn WeightSource, file: PackFile<'_>) -> Result<PackedWeights, ModelError> {
+        if plan(source, 0).is_empty() {
+            return PackedWeights::in_memory(source);
+        }
+        let name = pack_name(source.path(), &file.weights_hash);
+        let paths = file.folders.iter().map(|folder| folder.join(&name));
+        if let Some(packed) = paths.clone().find_map(|path| map_pack(&path, &file.weights_hash)) {
+            return Ok(packed);
+        }
+        for path in paths {
+            match make_pack(source, &path, &file.weights_hash, file.progress) {
+                Ok(()) => {
+                    remove_older(source.path(), &path);
+                    if let Some(packed) = map_pack(&path, &file.weights_hash) {
+                        return Ok(packed);
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "packed weights cannot be kept here"),
+            }
+        }
+        tracing::warn!("no folder takes the packed weights: they are made in memory, at every start");
+        PackedWeights::in_memory(source)
+    }
+
+    /// The matrix to multiply with for a tensor of the source.
+    pub(crate) fn operand(&self, name: &str, tensor: &Tensor) -> Option<Operand> {
+        if !tensor.ty.is_packed() {
+            return Some(Operand::floats(tensor));
+        }
+        let place = self.matrices.get(name)?;
+        let same = (place.ty()?, place.rows, place.cols) == (tensor.ty, tensor.rows, tensor.cols);
+        same.then(|| Operand::tiles(tensor.ty, tensor.rows, tensor.cols, self.map.clone(), place.offset))
+    }
+}
+
+/// The file name of a model's pack: the model's own, some of its hash, and the layout's version.
+pub fn pack_name(model: &Path, weights_hash: &[u8; 32]) -> String {
+    format!("{}{}-v{}.pack", pack_prefix(model), &hex(weights_hash)[..16], packed::PACK_VERSION)
+}
+
+fn pack_prefix(model: &Path) -> String {
+    format!("{}.", model.file_name().unwrap_or_default().to_string_lossy())
+}
+
+/// Removes the packs of what the model's file held before, or of older layouts. Who still maps one keeps it.
+fn remove_older(model: &Path, path: &Path) {
+    let Some(Ok(entries)) = path.parent().map(fs::read_dir) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let older = name.starts_with(&pack_prefix(model)) && name.ends_with(".pack") && entry.path() != path;
+        if older && let Err(error) = fs::remove_file(entry.path()) {
+            tracing::warn!(%error, path = %entry.path().display(), "an old file of packed weights stays");
+        }
+    }
+}
+
+/// Every quantised matrix that is multiplied with, in order of name, from `start` on. An embedding that is looked up only is
+/// left out.
+fn plan(source: &dyn WeightSource, start: usize) -> Vec<Place> {
+    let mut names = source.names();
+    names.sort_unstable();
+    let untied = names.contains(&"output.weight");
+    names.retain(|name| !(untied && *name == "token_embd.weight"));
+    let mut offset = start;
+    let mut places = Vec::new();
+    for name in names {
+        let Some(Tensor { ty, rows, cols, .. }) = source.tensor(name) else { continue };
+        if ty.is_packed() {
+            places.push(Place { name: name.to_owned(), ty: ty.name().to_owned(), rows, cols, offset });
+            offset = (offset + ty.packed_bytes(rows, cols)).next_multiple_of(ALIGNMENT);
+        }
+    }
+    places
+}
+
+fn end(places: &[Place], start: usize) -> usize {
+    places.last().map_or(start, |place| place.offset + place.bytes().unwrap_or(0))
+}
+
+fn by_name(places: Vec<Place>) -> HashMap<String, Place> {
+    places.into_iter().map(|place| (place.name.clone(), place)).collect()
+}
+
+/// Packs every matrix to its place.
+fn fill(source: &dyn WeightSource, places: &[Place], to: &mut [u8], progress: &mut dyn FnMut(u64, u64)) {
+    let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
+    let total = places.iter().filter_map(Place::bytes).sum::<usize>() as u64;
+    let mut done = 0;
+    for place in places {
+        let (Some(tensor), Some(bytes)) = (source.tensor(&place.name), place.bytes()) else { continue };
+        let tiles = &mut to[place.offset..place.offset + bytes];
+        packed::pack(&pool, tensor.ty, tensor.rows, tensor.cols, tensor.bytes(), tiles);
+        done += bytes as u64;
+        progress(done, total);
+    }
+}
+
+/// Writes the pack beside `path` and renames it. Of several processes that want it, one makes it and the others wait.
+fn make_pack(
+    source: &dyn WeightSource,
+    path: &Path,
+    weights_hash: &[u8; 32],
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), ModelError> {
+    let beside = path.with_extension("pack.new");
+    let io = |error| ModelError::io(&beside, error);
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|error| ModelError::io(folder, error))?;
+    }
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&beside).map_err(io)?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive).map_err(|error| io(error.into()))?;
+    if map_pack(path, weights_hash).is_some() {
+        return Ok(());
+    }
+    // Places depend on the length of the index, which holds them: room for it is taken generously.
+    let room = (HEADER_BYTES + 512 + 256 * source.names().len()).next_multiple_of(ALIGNMENT);
+    let matrices = plan(source, room);
+    let bytes = end(&matrices, room);
+    let index = Index { version: packed::PACK_VERSION, weights: hex(weights_hash), bytes, matrices };
+    let json = serde_json::to_vec(&index).map_err(|error| io(error.into()))?;
+    if HEADER_BYTES + json.len() > room {
+        return Err(ModelError::malformed(source.path(), "the names of its tensors are too long for a pack"));
+    }
+    file.set_len(0).map_err(io)?;
+    // Space is taken before it is mapped: a write into a hole of a full disk would be a SIGBUS.
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)
+        .map_err(|error| io(error.into()))?;
+    // SAFETY: the file is locked, is this process's own, and nobody else maps it before it is renamed.
+    let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(io)?;
+    fill(source, &index.matrices, &mut map, progress);
+    map.flush().map_err(io)?;
+    // The header comes last: without it the file is nothing.
+    file.write_all(MAGIC).map_err(io)?;
+    file.write_all(&(json.len() as u64).to_le_bytes()).map_err(io)?;
+    file.write_all(blake3::hash(&json).as_bytes()).map_err(io)?;
+    file.write_all(&json).map_err(io)?;
+    file.sync_all().map_err(io)?;
+    fs::rename(&beside, path).map_err(io)
+}
+
+/// The pack at `path`, if it is whole and belongs to these weights.
+fn map_pack(path: &Path, weights_hash: &[u8; 32]) -> Option<PackedWeights> {
+    let file = File::open(path).ok()?;
+    // SAFETY: pack files are only ever renamed into place whole, and never written again.
+    let map = unsafe { Mmap::map(&file) }.ok()?;
+    let index = read_index(&map, weights_hash);
+    if index.is_none() {
+        tracing::warn!(path = %path.display(), "a file of packed weights cannot be used, and is made again");
+    }
+    Some(PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map) })
+}
+
+fn read_index(map: &[u8], weights_hash: &[u8; 32]) -> Option<Index> {
+    let (header, rest) = map.split_at_checked(HEADER_BYTES)?;
+    let length = u64::from_le_bytes(*header[8..].first_chunk()?);
+    let json = rest.get(..usize::try_from(length).ok()?)?;
+    if &header[..8] != MAGIC || blake3::hash(json).as_bytes() != &header[16..] {
+        return None;
+    }
+    let index: Index = serde_json::from_slice(json).ok()?;
+    let inside = |place: &Place| {
+        place.bytes().and_then(|bytes| place.offset.checked_add(bytes)).is_some_and(|end| end <= map.len())
+    };
+    let whole = index.version == packed::PACK_VERSION
+        && index.weights == hex(weights_hash)
+        && index.bytes == map.len()
+        && index.matrices.iter().all(inside);
+    whole.then_some(index)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ModelSource;
+
+    fn open(folder: &Path, source: &ModelSource, hash: u8) -> (Result<PackedWeights, ModelError>, u64) {
+        let mut told = 0;
+        let mut progress = |done: u64, _total: u64| told = done;
+        let folders = [folder.join("not/writable\0"), folder.to_owned()];
+        let file = PackFile { folders: &folders, weights_hash: [hash; 32], progress: &mut progress };
+        (PackedWeights::open(source, file), told)
+    }
+
+    #[test]
+    fn a_pack_is_made_once_and_holds_what_packing_in_memory_gives() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = ModelSource::open(crate::test_model()).unwrap();
+        let (packed, told) = open(folder.path(), &source, 1);
+        let packed = packed.unwrap();
+        assert!(told > 50 << 20, "{told} bytes were told of");
+        let memory = PackedWeights::in_memory(&source).unwrap();
+        assert_eq!(packed.matrices.len(), memory.matrices.len());
+        for (name, place) in &packed.matrices {
+            let bytes = place.bytes().unwrap();
+            let other = &memory.matrices[name];
+            assert!(packed.map[place.offset..][..bytes] == memory.map[other.offset..][..bytes], "{name}");
+        }
+        assert_eq!(open(folder.path(), &source, 1).1, 0, "the second opening packs nothing");
+        assert!(open(folder.path(), &source, 2).1 > 0, "other weights have another pack");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "which replaces the old one");
+    }
+
+    #[test]
+    fn a_truncated_or_flipped_or_unfinished_pack_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = ModelSource::open(crate::test_model()).unwrap();
+        open(folder.path(), &source, 1).0.unwrap();
+        let path = folder.path().join(pack_name(&crate::test_model(), &[1; 32]));
+        let whole = fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        flipped[100] ^= 1;
+        for damaged in [&whole[..whole.len() - 1], &flipped, &whole[..20], &[]] {
+            fs::write(&path, damaged).unwrap();
+            let (packed, told) = open(folder.path(), &source, 1);
+            assert!(packed.is_ok() && told > 0);
+            assert!(fs::read(&path).unwrap() == whole);
+        }
+        // What a crash in the middle leaves.
+        fs::rename(&path, path.with_extension("pack.new")).unwrap();
+        assert!(open(folder.path(), &source, 1).1 > 0);
+        assert!(fs::read(&path).unwrap() == whole);
+    }
+}
