@@ -126,6 +126,11 @@ pub struct Receipt {
     pub bytes_read: u64,
     pub queue_ms: f64,
     pub ttft_ms: f64,
+    /// Guessed tokens that were computed ahead (speculation), and those of them that became output.
+    #[serde(default)]
+    pub drafted_tokens: usize,
+    #[serde(default)]
+    pub accepted_tokens: usize,
     /// The continuation equals the uninterrupted run bit for bit (same numerics tag).
     pub exact: bool,
     #[serde(skip_serializing_if = "Option::is_none")]

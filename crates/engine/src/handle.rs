@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::persist::Persister;
 use crate::worker::{Command, State, Worker};
-use crate::{EngineError, EngineStats, Event, Receipt, TurnSpec};
+use crate::{DraftSource, EngineError, EngineStats, Event, Receipt, TurnSpec};
 
 /// A durable session's hold on a path of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,9 @@ impl Engine {
         page_file: i64,
         store: Store,
         durability: Durability,
+        drafts: impl Into<DraftSource>,
     ) -> std::io::Result<Engine> {
+        let drafts = drafts.into();
         let (commands, inbox) = mpsc::channel();
         let trouble = Arc::new(Mutex::new(None));
         let persister = Persister::start(store, durability, commands.clone())?;
@@ -62,7 +64,8 @@ impl Engine {
             move || {
                 let notice = Notice(Arc::clone(&trouble));
                 let state = State::default();
-                Worker { model, cpu, pool, page_file, persister, commands: inbox, trouble, state }.run();
+                Worker { model, cpu, pool, page_file, persister, drafts, commands: inbox, trouble, state }
+                    .run();
                 drop(notice);
             },
         )?;

@@ -4,10 +4,13 @@
 
 pub mod api;
 mod handle;
+mod ngram;
 mod output_text;
 mod persist;
 pub mod sampling;
+mod speculation;
 mod stats;
+mod step_cost;
 mod turn;
 mod worker;
 
@@ -18,4 +21,5 @@ pub use api::{
 pub use handle::{Claim, Engine};
 pub use output_text::OutputText;
 pub use sampling::Sampling;
+pub use speculation::{DraftSource, Guess, Speculation};
 pub use stats::EngineStats;

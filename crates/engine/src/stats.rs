@@ -7,6 +7,9 @@ pub struct EngineStats {
     /// Rows computed that were not sampled by the turn they belong to.
     pub prompt_tokens_computed: u64,
     pub output_tokens: u64,
+    /// Guessed tokens that were computed, and those of them that were then sampled.
+    pub drafted_tokens: u64,
+    pub accepted_tokens: u64,
     pub restored_tokens: u64,
     /// Tokens computed although an earlier computation had covered them.
     pub recomputed_tokens: u64,

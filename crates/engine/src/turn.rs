@@ -8,6 +8,7 @@ use dormouse_models::{Model, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::sampling::History;
+use crate::speculation::{DraftSource, Drafter};
 use crate::{
     EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
 };
@@ -38,6 +39,7 @@ pub struct Turn {
     pub in_flight: Option<Ticket>,
     history: History,
     text: OutputText,
+    pub drafter: Drafter,
     pub receipt: Receipt,
     /// Set when nothing more is to be computed.
     pub ending: Option<Ending>,
@@ -55,7 +57,13 @@ pub enum Ending {
 impl Turn {
     /// Begins with what was restored. Output tokens that the log already holds are published again, so that a turn
     /// which was interrupted says the same from its first event on; they may show that it had already ended.
-    pub fn new(model: &Model, waiting: Waiting, table: BlockTable, receipt: Receipt) -> Turn {
+    pub fn new(
+        model: &Model,
+        drafts: &DraftSource,
+        waiting: Waiting,
+        table: BlockTable,
+        receipt: Receipt,
+    ) -> Turn {
         let Waiting { spec, events, since } = waiting;
         let (prompt, output) = spec.log.split_at(spec.output_start);
         let history =
@@ -68,6 +76,10 @@ impl Turn {
             in_flight: None,
             history,
             text: OutputText::new(model.tokenizer(), &spec.stop),
+            drafter: Drafter::new(
+                drafts,
+                spec.output_start.saturating_add(spec.max_tokens).min(model.context()),
+            ),
             ending: None,
             commits_failed: false,
             table,
@@ -91,8 +103,14 @@ impl Turn {
         self.log.len() - self.table.len()
     }
 
+    /// Output tokens that the turn may still have.
+    pub fn left(&self, model: &Model) -> usize {
+        let most = self.spec.output_start.saturating_add(self.spec.max_tokens).min(model.context());
+        most.saturating_sub(self.log.len())
+    }
+
     /// Chooses the next token from its logits and publishes it.
-    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) {
+    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) -> TokenId {
         let sampling = &self.spec.sampling;
         let raw = sampling.logprobs.map(|top| (logits.to_vec(), usize::from(top)));
         let token = sampling.choose(logits, &self.history, self.log.len());
@@ -104,6 +122,7 @@ impl Turn {
         }
         let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
         self.publish(model, token, logprob);
+        token
     }
 
     /// Appends an output token to the log, says what text it made certain, and sees whether the turn is over.

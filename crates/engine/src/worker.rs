@@ -1,28 +1,27 @@
 //! The engine thread: `schedule → forward → sample → publish → persist`, until told to stop.
 
+mod step;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
-use dormouse_kernels::cpu::attention::Sequence;
-use dormouse_kernels::{Cpu, PagePtr};
-use dormouse_kv::{KvError, PagePool};
-use dormouse_models::decoder::{Activations, Batch};
+use dormouse_kernels::Cpu;
+use dormouse_kv::PagePool;
+use dormouse_models::decoder::Activations;
 use dormouse_models::{Model, TokenId};
 use dormouse_store::StepCommit;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use crate::persist::{Acknowledgement, Commit, Persister};
+use crate::speculation::DraftSource;
+use crate::step_cost::StepCost;
 use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
 use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
 
 /// Turns that hold pages at once; the others wait in the queue.
 const RUNNING_MOST: usize = 32;
-/// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
-const STEP_SECONDS: f64 = 0.2;
-const STEP_ROWS_LEAST: usize = 16;
-const STEP_ROWS_MOST: usize = 256;
 
 /// What the engine thread is asked.
 pub enum Command {
@@ -44,6 +43,7 @@ pub struct Worker {
     pub pool: PagePool,
     pub page_file: i64,
     pub persister: Persister,
+    pub drafts: DraftSource,
     pub commands: mpsc::Receiver<Command>,
     /// Why the engine cannot serve any more, for those who ask about its health.
     pub trouble: Arc<Mutex<Option<String>>>,
@@ -59,18 +59,13 @@ pub struct State {
     removals_failed: Option<EngineError>,
     /// Turn that the prefill budget is offered to first, so that it goes round.
     next_prefill: usize,
+    /// Of steps that are mostly prompt.
     rows_per_second: f64,
+    /// Of steps that are not.
+    cost: StepCost,
     work: Activations,
     stats: EngineStats,
     stopping: Option<oneshot::Sender<()>>,
-}
-
-/// The rows of one turn in a step.
-struct Slice {
-    turn: usize,
-    rows: usize,
-    /// The last row's logits are wanted: it is the last token of the turn's log.
-    samples: bool,
 }
 
 impl Worker {
@@ -84,8 +79,10 @@ impl Worker {
             let admitted = self.admit();
             let step = self.schedule();
             if !step.is_empty() {
+                let begun = Instant::now();
                 self.forward(&step);
                 self.sample(&step);
+                self.learn(&step, begun.elapsed());
             }
             let persisted = self.persist();
             progress = admitted || !step.is_empty() || persisted;
@@ -190,7 +187,7 @@ impl Worker {
             let receipt =
                 Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
             let (table, _) = self.restore(&[]);
-            let mut turn = Turn::new(&self.model, waiting, table, receipt);
+            let mut turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
             turn.end(Ending::Finish(FinishReason::Cancelled));
             self.state.running.push(turn);
         }
@@ -274,76 +271,10 @@ impl Worker {
             stats.restored_tokens += receipt.restored_tokens as u64;
             stats.recomputed_tokens += receipt.recomputed_tokens as u64;
             stats.restored_bytes_read += receipt.bytes_read;
-            self.state.running.push(Turn::new(&self.model, waiting, table, receipt));
+            let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
+            self.state.running.push(turn);
         }
         admitted
-    }
-
-    /// Chooses the rows of the next step and reserves room for them: one row of every turn that decodes, then pieces
-    /// of prompts, in turn, up to the step's budget.
-    fn schedule(&mut self) -> Vec<Slice> {
-        let count = self.state.running.len();
-        let mut step = Vec::with_capacity(count);
-        let decoding =
-            self.state.running.iter().filter(|turn| turn.ending.is_none() && turn.pending() == 1).count();
-        let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
-        let budget = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST);
-        let mut left = budget.saturating_sub(decoding).max(STEP_ROWS_LEAST);
-        let first = self.state.next_prefill;
-        let order = (0..count)
-            .filter(|i| self.state.running[*i].pending() == 1)
-            .chain((0..count).map(|i| (first + i) % count).filter(|i| self.state.running[*i].pending() > 1))
-            .collect::<Vec<usize>>();
-        for index in order {
-            let turn = &self.state.running[index];
-            let pending = turn.pending();
-            if turn.ending.is_some() || left == 0 {
-                continue;
-            }
-            let rows = if pending == 1 { 1 } else { pending.min(left) };
-            if !self.reserve(index, rows) {
-                continue;
-            }
-            if pending > 1 {
-                left -= rows;
-                self.state.next_prefill = index + 1;
-            }
-            step.push(Slice { turn: index, rows, samples: rows == pending });
-        }
-        step
-    }
-
-    /// Room for `rows` more positions of a turn. False when it must wait, or has failed.
-    fn reserve(&mut self, index: usize, rows: usize) -> bool {
-        let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
-            Ok(()) => return true,
-            Err(error) => error,
-        };
-        let failure = match error {
-            KvError::AwaitingRemovals { .. } => match self.state.removals_failed.take() {
-                Some(error) => error,
-                None => match self.commit_removals() {
-                    Ok(()) => return false,
-                    Err(error) => error,
-                },
-            },
-            KvError::Full { .. } | KvError::NoSpace { .. } => {
-                // Turns that end give their pages back, and the oldest turn goes first: when it lacks room, and nobody
-                // is about to give any, the youngest has to go.
-                let going_on = |turn: &Turn| turn.ending.is_none();
-                let running = &self.state.running;
-                let oldest = running.iter().position(going_on);
-                if running.iter().any(|turn| !going_on(turn)) || oldest != Some(index) {
-                    return false;
-                }
-                let youngest = running.iter().rposition(going_on).unwrap_or(index);
-                self.state.running[youngest].end(Ending::Fail(EngineError::OutOfSpace(error.to_string())));
-                return false;
-            }
-            other => self.in_trouble(other.to_string()),
-        };
-        self.state.running[index].end(Ending::Fail(failure));
-        false
     }
 
     fn in_trouble(&self, what: String) -> EngineError {
@@ -354,61 +285,6 @@ impl Worker {
             *trouble = Some(what.clone());
         }
         EngineError::Storage(what)
-    }
-
-    /// Computes the step's rows in one pass over the weights.
-    fn forward(&mut self, step: &[Slice]) {
-        let begun = Instant::now();
-        let state = &mut self.state;
-        let mut tokens = Vec::new();
-        let mut pages: Vec<PagePtr> = Vec::new();
-        let mut tables = Vec::with_capacity(step.len());
-        let mut logit_rows = Vec::new();
-        for slice in step {
-            let turn = &state.running[slice.turn];
-            let start = turn.table.len();
-            let first_page = pages.len();
-            self.pool.page_ptrs(&turn.table, &mut pages);
-            tables.push((first_page..pages.len(), tokens.len(), start));
-            tokens.extend_from_slice(&turn.log[start..start + slice.rows]);
-            if slice.samples {
-                logit_rows.push(tokens.len() - 1);
-            }
-        }
-        let sequences: Vec<Sequence<'_>> = step
-            .iter()
-            .zip(tables)
-            .map(|(slice, (table, first_row, start))| Sequence {
-                pages: &pages[table],
-                first_row,
-                rows: slice.rows,
-                start,
-            })
-            .collect();
-        let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
-        self.model.decoder().forward(&self.cpu, self.model.layout(), &batch, &mut state.work);
-
-        for slice in step {
-            let turn = &mut state.running[slice.turn];
-            let start = turn.table.len();
-            self.pool.advance(&mut turn.table, &turn.log[start..start + slice.rows]);
-        }
-        state.stats.steps += 1;
-        state.stats.prompt_tokens_computed += (tokens.len() - logit_rows.len()) as u64;
-        let rate = tokens.len() as f64 / begun.elapsed().as_secs_f64();
-        state.rows_per_second = if tokens.len() < STEP_ROWS_LEAST { state.rows_per_second } else { rate };
-    }
-
-    /// Chooses and publishes the next token of every turn whose last token was computed.
-    fn sample(&mut self, step: &[Slice]) {
-        let state = &mut self.state;
-        let vocab = self.model.decoder().config().vocab;
-        let mut rows = state.work.logits_mut().chunks_exact_mut(vocab);
-        for slice in step.iter().filter(|slice| slice.samples) {
-            let Some(logits) = rows.next() else { return };
-            state.running[slice.turn].sample(&self.model, logits);
-            state.stats.output_tokens += 1;
-        }
     }
 
     /// Sends commits on their way and closes the turns that are over and durable. Whether there was anything to do.

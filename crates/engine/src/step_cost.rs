@@ -1,0 +1,104 @@
+//! What a step takes, learnt from the steps themselves.
+
+/// How much of what it knew a new step replaces.
+const LEARNING_RATE: f64 = 0.05;
+/// Before anything is known, a row is taken to cost this share of a step of one row. Low, so that drafts are tried.
+const ROW_SHARE: f64 = 0.1;
+/// How much variance in the number of rows outweighs that guess.
+const TRUSTED_VARIANCE: f64 = 0.5;
+
+/// The time of steps of few rows as a line: `fixed + rows × row`. Reading the weights is the fixed part; what is
+/// computed for each row, its logits and their sampling included, is the other. The line of least squares over the last
+/// steps, newer ones counting more, drawn towards a first guess while all have the same number of rows: so an estimate
+/// that a disturbed moment left wrong is forgotten, and tried again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepCost {
+    rows: f64,
+    seconds: f64,
+    variance: f64,
+    covariance: f64,
+}
+
+impl StepCost {
+    /// A step of so many rows, the logits of all of them wanted, took so long.
+    pub fn observe(&mut self, rows: usize, seconds: f64) {
+        let rows = rows as f64;
+        if self.seconds == 0.0 {
+            (self.rows, self.seconds) = (rows, seconds);
+            return;
+        }
+        // The system was busy with something else.
+        let seconds = seconds.min(3.0 * self.seconds.max(self.of(rows)));
+        let (more_rows, more_seconds) = (rows - self.rows, seconds - self.seconds);
+        self.rows += LEARNING_RATE * more_rows;
+        self.seconds += LEARNING_RATE * more_seconds;
+        let keep = 1.0 - LEARNING_RATE;
+        self.variance = keep * (self.variance + LEARNING_RATE * more_rows * more_rows);
+        self.covariance = keep * (self.covariance + LEARNING_RATE * more_rows * more_seconds);
+    }
+
+    /// Whether a step of `rows` that yields `tokens` yields them faster with one more row, which has this chance to
+    /// yield one more: whether that row's tokens per second are more than the step's.
+    pub fn pays(&self, rows: usize, tokens: f64, chance: f64) -> bool {
+        chance * self.of(rows as f64) > tokens * self.of_a_row()
+    }
+
+    fn of(&self, rows: f64) -> f64 {
+        self.seconds + (rows - self.rows) * self.of_a_row()
+    }
+
+    fn of_a_row(&self) -> f64 {
+        let guess = ROW_SHARE * self.seconds;
+        let slope = (self.covariance + TRUSTED_VARIANCE * guess) / (self.variance + TRUSTED_VARIANCE);
+        // A row costs something, and no more than its part of a step.
+        slope.clamp(0.01 * self.seconds, self.seconds / self.rows.max(1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(steps: impl IntoIterator<Item = (usize, f64)>) -> StepCost {
+        let mut cost = StepCost::default();
+        steps.into_iter().for_each(|(rows, seconds)| cost.observe(rows, seconds));
+        cost
+    }
+
+    fn line(fixed: f64, row: f64) -> impl Iterator<Item = (usize, f64)> {
+        (0..200).map(move |step| 1 + step * 7 % 11).map(move |rows| (rows, fixed + row * rows as f64))
+    }
+
+    #[test]
+    fn it_learns_the_line_that_steps_lie_on() {
+        let cost = after(line(0.010, 0.003));
+        assert!((cost.of_a_row() - 0.003).abs() < 0.0003, "{cost:?}");
+        assert!((cost.of(4.0) - 0.022).abs() < 0.001, "{cost:?}");
+    }
+
+    #[test]
+    fn rows_are_added_while_they_are_nearly_free_and_not_when_they_cost_what_they_bring() {
+        let memory_bound = after(line(0.010, 0.0005));
+        assert!(memory_bound.pays(1, 1.0, 0.2));
+        assert!(!memory_bound.pays(1, 1.0, 0.02));
+        // Eight sequences share the reading of the weights already.
+        let compute_bound = after(line(0.010, 0.005));
+        assert!(compute_bound.pays(1, 1.0, 0.5));
+        assert!(!compute_bound.pays(8, 8.0, 0.5));
+        assert!(compute_bound.pays(8, 8.0, 0.95));
+    }
+
+    #[test]
+    fn drafts_are_tried_before_anything_is_known_of_more_rows() {
+        assert!(after([(1, 0.01); 50]).pays(1, 1.0, 0.3));
+        assert!(!after([(1, 0.01); 50]).pays(1, 1.0, 0.05));
+    }
+
+    #[test]
+    fn a_wrong_estimate_is_forgotten_when_steps_no_longer_speak_for_it() {
+        let mut cost = after(line(0.0, 0.01));
+        assert!(!cost.pays(1, 1.0, 0.8), "{cost:?}");
+        (0..300).for_each(|_| cost.observe(1, 0.01));
+        assert!(cost.pays(1, 1.0, 0.8), "{cost:?}");
+    }
+}
