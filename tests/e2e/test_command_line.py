@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 
 import pexpect
@@ -21,7 +24,7 @@ def dormouse(server, tmp_path):
     def dormouse(*arguments, expect=0, stdin=""):
         environment = {**os.environ, "DORMOUSE_DATA_DIR": str(server.data_dir), "HOME": str(tmp_path)}
         done = subprocess.run([harness.BINARY, *arguments], capture_output=True, text=True, env=environment,
-                              input=stdin, timeout=120)
+                              input=stdin, timeout=harness.PATIENCE_SECONDS)
         assert done.returncode == expect, (arguments, done.returncode, done.stdout, done.stderr)
         assert "panicked" not in done.stderr
         return done
@@ -41,8 +44,11 @@ def test_the_version_is_told(dormouse):
 def test_wrong_flags_and_values_exit_with_2_and_a_hint(dormouse):
     assert "--port" in dormouse("serve", "--prot", "5", expect=2).stderr
     assert "serve" in dormouse("sevre", expect=2).stderr
-    for flag, value in [("--port", "x"), ("--disk-quota", "lots"), ("--durability", "maybe")]:
-        assert value in dormouse("serve", flag, value, expect=2).stderr
+    for flag, value, hint in [("--port", "x", "invalid"), ("--disk-quota", "lots", "4GiB"), ("--threads", "0", "1.."),
+                              ("--durability", "maybe", "power, process, none"), ("--ctx", "0", "1.."),
+                              ("--kv-dtype", "f64", "f16, q8_0")]:
+        said = dormouse("serve", flag, value, expect=2).stderr
+        assert flag in said and value in said and hint in said, said
     assert dormouse(expect=2).stderr
 
 
@@ -63,9 +69,41 @@ def test_run_prints_an_answer(dormouse):
 def test_run_without_a_server_starts_its_own(tmp_path):
     environment = {**os.environ, "DORMOUSE_DATA_DIR": str(tmp_path / "data"), "HOME": str(tmp_path),
                    "DORMOUSE_MODEL": str(harness.MODEL)}
-    command = [harness.BINARY, "run", "-p", "Say hello.", "--max-tokens", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, stdin=subprocess.DEVNULL)
+    command = [harness.BINARY, "run", "-p", "Say hello.", "--max-tokens", "4", "--temperature", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
+                          timeout=harness.PATIENCE_SECONDS)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def starting(tmp_path, *arguments, **environment):
+    """`dormouse serve` on its way, with an empty home."""
+    environment = {**os.environ, "HOME": str(tmp_path), "DORMOUSE_DATA_DIR": str(tmp_path / "data"), **environment}
+    return subprocess.Popen([harness.BINARY, "serve", "--port", "0", *arguments], env=environment, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda stop: stop.name)
+def test_serve_can_be_stopped_while_it_reads_a_model_for_the_first_time(stop, tmp_path):
+    # A file of holes that takes longer to read than anyone waits; were it read, the exit code would be 1.
+    model = tmp_path / "huge.gguf"
+    model.touch()
+    os.truncate(model, 1 << 42)
+    process = starting(tmp_path, "--model", str(model))
+    assert "huge.gguf" in process.stderr.readline()
+    process.send_signal(stop)
+    said, _ = process.communicate(timeout=harness.PATIENCE_SECONDS)
+    assert (process.returncode, said) == (0, "")
+
+
+def test_serve_can_be_stopped_while_it_waits_for_a_download(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        source = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = starting(tmp_path, "--yes", "--model", "smollm2", HF_ENDPOINT=source, PIP_INDEX_URL=source)
+        asked, _ = silent.accept()
+        with asked:
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=harness.PATIENCE_SECONDS)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_sessions_are_listed_shown_forked_parked_and_removed(dormouse, server):
@@ -97,7 +135,8 @@ def test_doctor_finds_a_healthy_system_healthy_and_a_damaged_page(start, tmp_pat
     def doctor():
         environment = {**os.environ, "DORMOUSE_DATA_DIR": str(server.data_dir), "HOME": str(tmp_path)}
         command = [harness.BINARY, "doctor", "--model", str(harness.MODEL)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment,
+                              timeout=harness.PATIENCE_SECONDS)
         assert "panicked" not in done.stderr
         return done
 
@@ -122,8 +161,8 @@ def chat(server, tmp_path):
 
     def chat(*arguments):
         environment = {**os.environ, "DORMOUSE_DATA_DIR": str(server.data_dir), "HOME": str(tmp_path), "TERM": "dumb"}
-        return pexpect.spawn(str(harness.BINARY), ["chat", *arguments], env=environment, encoding="utf-8", timeout=60,
-                             dimensions=(40, 200))
+        return pexpect.spawn(str(harness.BINARY), ["chat", *arguments], env=environment, encoding="utf-8",
+                             timeout=harness.PATIENCE_SECONDS, dimensions=(40, 200))
 
     return chat
 
@@ -151,21 +190,52 @@ def test_a_chat_streams_its_answer_shows_the_receipt_and_is_resumed_by_name(chat
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat, server):
-    # Bounded, or the second answer may go on for as long as the model likes.
-    terminal = chat("--session", "interrupted", "--max-tokens", "400")
+    # Whatever the model would say, and however fast: no answer ends before it is stopped.
+    terminal = chat("--session", "interrupted", "--ignore-eos")
     terminal.expect("> ")
-    terminal.sendline("Count to a thousand, in words, and leave nothing out.")
-    harness.wait_until(
-        lambda: any(turn["output_text"] for turn in server.turns("interrupted")), "the answer to begin"
-    )
-    terminal.sendintr()
-    terminal.expect("stopped")
-    terminal.expect("> ")
-    (turn,) = server.turns("interrupted")
-    assert turn["status"] == "cancelled" and turn["output_text"]
-    terminal.sendline("Hello again.")
-    terminal.expect("> ", timeout=120)
+    for question in ("Count to a thousand.", "Hello again."):
+        turns = len(server.turns("interrupted"))
+        terminal.sendline(question)
+        harness.wait_until(
+            lambda: any(turn["output_text"] for turn in server.turns("interrupted")[turns:]), "the answer to begin"
+        )
+        terminal.sendintr()
+        terminal.expect("stopped")
+        terminal.expect("> ")
+        turn = server.turns("interrupted")[turns]
+        assert turn["status"] == "cancelled" and turn["output_text"]
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
     assert terminal.wait() == 0
-    assert server.session("interrupted")["turns"] == 2
+    turn = server.turn("interrupted", "Goodbye.", max_tokens=4)
+    assert turn["status"] == "completed" and server.session("interrupted")["turns"] == 3
+
+
+def test_a_chat_whose_server_is_killed_waits_for_it_and_shows_the_rest(start, tmp_path):
+    server = start()
+    server.create(name="story", seed=4)
+    environment = {**os.environ, "DORMOUSE_DATA_DIR": str(server.data_dir), "HOME": str(tmp_path), "TERM": "dumb"}
+    flags = ["--session", "story", "--ignore-eos", "--max-tokens", "200", "--temperature", "0"]
+    terminal = pexpect.spawn(str(harness.BINARY), ["chat", *flags], env=environment, encoding="utf-8",
+                             timeout=harness.PATIENCE_SECONDS, dimensions=(40, 200))
+    terminal.expect("> ")
+    terminal.sendline("Tell a story.")
+    # The line as it was typed, then the answer's first words.
+    terminal.expect("Tell a story.")
+    terminal.expect("[a-z]{3}")
+    said = terminal.before + terminal.after
+    server.kill()
+    terminal.expect("the server is gone")
+    said += terminal.before
+    # At another address: the data directory tells which.
+    server.start()
+    terminal.expect_exact("stops waiting)")
+    terminal.expect("tokens restored")
+    said += terminal.before
+    terminal.expect("> ")
+    terminal.sendeof()
+    terminal.expect(pexpect.EOF)
+    (turn,) = server.turns("story")
+    assert turn["status"] == "completed" and turn["usage"]["completion_tokens"] == 200
+    # Every word once.
+    assert turn["output_text"].split() == re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\d+ $", "", said).split()

@@ -4,12 +4,14 @@ One data directory is prepared, with two sessions; each test damages a copy of i
 one goes on to say.
 """
 
+import errno
 import os
 import pathlib
 import shutil
 import struct
 import subprocess
 
+import openai
 import pytest
 
 import harness
@@ -303,7 +305,7 @@ def test_a_turn_killed_under_one_model_goes_on_under_another_without_its_pages(s
     shutil.copyfile(harness.MODEL, model)
     server = start(tmp_path / "data", model=model)
     session = server.create()
-    stream = server.stream_turn(session, STORY, temperature=0, max_tokens=60)
+    stream = server.stream_turn(session, STORY, temperature=0, max_tokens=150, ignore_eos=True)
     seen = [next(stream) for _ in range(20)]
     server.kill()
     changed = tmp_path / "changed.gguf"
@@ -315,6 +317,9 @@ def test_a_turn_killed_under_one_model_goes_on_under_another_without_its_pages(s
     assert finished["status"] == "completed", finished
     assert finished["dormouse"]["restored_tokens"] == 0 and finished["dormouse"]["exact"] is False, finished["dormouse"]
     assert harness.text_of(seen[:8]) == finished["output_text"][: len(harness.text_of(seen[:8]))]
+    # Said once: from there on the session is the new model's.
+    after = server.turn(session, "And then?", **GREEDY)["dormouse"]
+    assert after["recomputed_tokens"] == 0 and after["exact"] is True and "miss" not in after, after
 
 
 # A quota of two slots of 64 positions: the prompt alone needs more.
@@ -324,6 +329,7 @@ def test_a_full_quota_fails_the_turn_clearly_and_a_larger_one_goes_on(start, tmp
     server = start(data, flags=["--disk-quota", "4MiB"])
     failed = attempt(server, "story", "What happens then?")
     assert failed and any(word in failed.lower() for word in ("quota", "room", "space")), failed
+    chat_fails_for_lack_of_room(server)
     assert content(server)["other"] == prepared.content["other"]
     assert server.http.get("/health").status_code in (200, 503)
     assert server.stop() == 0
@@ -334,6 +340,23 @@ def test_a_full_quota_fails_the_turn_clearly_and_a_larger_one_goes_on(start, tmp
     # The failed turn's input may have stayed or not; without it the session goes on as it would have.
     server.post("/v1/sessions/story/rewind", {"to": server.turns("story")[1]["id"]})
     assert_intact(server, prepared)
+
+
+def chat_fails_for_lack_of_room(server):
+    """As the `openai` client sees it: a status where nothing was sent yet, else an error in the stream."""
+    model = server.get("/v1/models")["data"][0]["id"]
+    request = {"model": model, "messages": [{"role": "user", "content": STORY}], **GREEDY}
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.openai().chat.completions.create(**request)
+    assert (caught.value.status_code, caught.value.code) == (507, "out_of_space")
+    with pytest.raises(openai.APIError) as caught:
+        list(server.openai().chat.completions.create(stream=True, **request))
+    assert caught.value.code == "out_of_space" and "room" in caught.value.message
+    # Clients that read until [DONE] get it, and never a finish_reason.
+    stream = server.http.post("/v1/chat/completions", json={"stream": True, **request}).text
+    frames = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: ")]
+    assert '"error"' in frames[-2] and frames[-1] == "[DONE]"
+    assert all('"finish_reason":null' in frame for frame in frames[:-2])
 
 
 def attempt(server, session, text):
@@ -360,15 +383,14 @@ def small_disk(tmp_path):
 def fill(directory, leave=0):
     """Takes what is left of the disk, but for `leave` bytes."""
     filler = directory / "filler"
-    with open(filler, "wb") as file:
-        state = os.statvfs(directory)
-        left = state.f_bavail * state.f_frsize - leave
-        try:
+    state = os.statvfs(directory)
+    left = state.f_bavail * state.f_frsize - leave
+    try:
+        with open(filler, "wb", buffering=0) as file:
             for _ in range(max(0, left) // 4096):
                 file.write(bytes(4096))
-            file.flush()
-        except OSError:
-            pass  # Full is full.
+    except OSError as why:
+        assert why.errno == errno.ENOSPC  # Full is full.
     return filler
 
 
@@ -385,7 +407,7 @@ def test_a_full_disk_during_a_turn_is_told_and_the_session_goes_on_when_there_is
         assert problems[0] and any(word in problems[0].lower() for word in ("full", "room", "space")), problems
     assert server.process.poll() is None, server.stderr()
     assert len(server.items("reference")) == 6
-    filler.unlink()
+    filler.unlink(missing_ok=True)
     harness.wait_until(lambda: server.session("full")["status"] != "in_progress", "the session to be free again")
     assert [item["message"]["content"] for item in server.items("full")][0] == "Name a bird."
     server.post("/v1/sessions/full/rewind", {"to": server.turns("full")[0]["id"]})
@@ -399,15 +421,16 @@ def test_a_full_disk_during_a_turn_is_told_and_the_session_goes_on_when_there_is
 def test_a_disk_that_fills_in_the_middle_of_an_answer_loses_nothing(small_disk, start, tmp_path):
     undisturbed = start()
     undisturbed.create(name="full", seed=3)
-    whole = undisturbed.turn("full", "Tell a long story.", temperature=0.8, max_tokens=100)
+    long = {"temperature": 0.8, "max_tokens": 100, "ignore_eos": True}
+    whole = undisturbed.turn("full", "Tell a long story.", **long)
     server = start(small_disk / "data", flags=["--disk-quota", "70MiB"])
     server.create(name="full", seed=3)
-    stream = server.stream_turn("full", "Tell a long story.", temperature=0.8, max_tokens=100)
+    stream = server.stream_turn("full", "Tell a long story.", **long)
     seen = [next(stream) for _ in range(10)]
     filler = fill(small_disk)
     seen += list(stream)
     last = seen[-1]
-    filler.unlink()
+    filler.unlink(missing_ok=True)
     harness.wait_until(lambda: server.session("full")["status"] != "in_progress", "the session to be free again")
     turn = server.turns("full")[0]
     # Whether it waited for room or gave up: what it said is what was to be said, and what was said is kept.

@@ -22,8 +22,17 @@ def text(answer, choice=0):
 
 
 def test_models_are_listed_and_shown_by_id(client):
-    model = client.models.list().data[0]
+    listed = client.models.list().data
+    model = listed[0]
     assert model.id.startswith("SmolLM2") and model.object == "model"
+    assert model.model_extra["dormouse"]["state"] == "loaded"
+    # After what answers comes what could: the catalogue, none of which is in this data directory.
+    known = {model.id: model.model_extra["dormouse"]["state"] for model in listed[1:]}
+    assert known["smollm2"] == "known" and set(known.values()) == {"known"}
+    assert client.models.retrieve("smollm2").model_extra["dormouse"]["loaded"] is False
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="smollm2", messages=QUESTION)
+    assert "not loaded" in caught.value.message
     assert client.models.retrieve(model.id).id == model.id
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("no-such-model")
@@ -167,6 +176,7 @@ def test_a_prompt_longer_than_the_context_is_a_bad_request_with_both_numbers(ask
         ask([{"role": "user", "content": "word " * 9000}])
     assert caught.value.code == "context_length_exceeded"
     assert "8192" in caught.value.message and "90" in caught.value.message
+    assert caught.value.param == "messages"
 
 
 def test_a_busy_session_is_a_conflict_error(ask, server):

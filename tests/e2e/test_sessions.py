@@ -1,6 +1,5 @@
 """The sessions API: everything that a session can do while nothing goes wrong."""
 
-import httpx
 import pytest
 
 import harness
@@ -111,7 +110,7 @@ def test_reattaching_at_any_cut_gives_exactly_the_missing_events(server):
 
 def test_several_clients_may_listen_to_a_running_turn_from_anywhere(server):
     session = server.create(seed=1)
-    stream = server.stream_turn(session, "Tell me about bees.", temperature=0.7, max_tokens=40)
+    stream = server.stream_turn(session, "Tell me about bees.", temperature=0.7, max_tokens=40, ignore_eos=True)
     first = [next(stream) for _ in range(10)]
     turn = first[0]["turn"]
     late = list(server.stream_attach(session, turn, first[4]["sequence_number"]))
@@ -138,7 +137,7 @@ def test_a_cancelled_turn_keeps_what_it_said_and_the_session_goes_on(server):
 
 def test_a_session_turn_goes_on_when_its_client_leaves(server):
     session = server.create(seed=3)
-    stream = server.stream_turn(session, "Tell me about trees.", temperature=0.7, max_tokens=40)
+    stream = server.stream_turn(session, "Tell me about trees.", temperature=0.7, max_tokens=40, ignore_eos=True)
     turn = next(stream)["turn"]
     stream.close()
     finished = server.finish(session, turn)
@@ -233,7 +232,7 @@ def test_the_event_log_is_a_list_and_a_stream_that_goes_on(server):
     assert server.events(session, starting_after=1) == listed[2:]
     assert server.events(session, limit=1) == listed[:1]
     path = f"/v1/sessions/{session}/events"
-    with httpx.stream("GET", server.url + path, params={"stream": "true", "starting_after": 0}, timeout=60) as stream:
+    with server.http.stream("GET", path, params={"stream": "true", "starting_after": 0}) as stream:
         lines = (line for line in stream.iter_lines() if line.startswith("data: "))
         assert [harness.Event(next(lines)[6:]) for _ in range(2)] == listed[1:]
         server.turn(session, "Again.", **GREEDY)
@@ -269,7 +268,7 @@ def test_a_session_that_is_full_says_so_with_both_numbers_and_stays_usable(start
     server = start(flags=["--ctx", "256"])
     session = server.create()
     error = refused(server.turn, session, "word " * 400, max_tokens=4)
-    assert error.error["code"] == "context_length_exceeded"
+    assert (error.error["code"], error.error["param"]) == ("context_length_exceeded", "input")
     assert "256" in error.error["message"] and "4" in error.error["message"]
     # An answer that fills the context ends there, by length.
     turn = server.turn(session, "Tell a long story.", temperature=0, ignore_eos=True)

@@ -24,15 +24,13 @@ use crate::weights::ModelFile;
 const TENANT: &str = "default";
 const DEFAULT_QUOTA: Bytes = Bytes(20 << 30);
 
-/// A system that can answer.
+/// A system that can answer, and go on with what was interrupted.
 pub struct Running {
     pub runtime: Runtime,
     pub store: Store,
     pub engines: Vec<Engine>,
     pub pages: Vec<OpenPages>,
     pub quota: Bytes,
-    /// Turns that the last process left unfinished and that are being finished now.
-    pub recovered_turns: usize,
 }
 
 /// A model's page file, as it was found.
@@ -49,6 +47,24 @@ pub async fn assemble(config: &Config, models: &[ModelFile]) -> Result<Running> 
     if let Some(model) = models.iter().find(|model| !names.insert(&model.name)) {
         bail!("two of the models are called '{}'; serve one of them", model.name);
     }
+    // Mending a database or hashing weights takes as long as the disk needs; signals are listened to meanwhile.
+    let (settings, files) = (config.clone(), models.to_vec());
+    let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files));
+    let Opened { store, engines, pages, quota } =
+        opening.await.context("opening the data directory failed")??;
+    let runtime = Runtime::open(store.clone(), engines.clone(), RuntimeOptions::default())?;
+    Ok(Running { runtime, store, engines, pages, quota })
+}
+
+/// All that is opened before the first session is looked at.
+struct Opened {
+    store: Store,
+    engines: Vec<Engine>,
+    pages: Vec<OpenPages>,
+    quota: Bytes,
+}
+
+fn open_all(config: &Config, models: &[ModelFile]) -> Result<Opened> {
     let store = open_store(config)?;
     let quota = quota(config)?;
     let mut engines = Vec::new();
@@ -59,9 +75,7 @@ pub async fn assemble(config: &Config, models: &[ModelFile]) -> Result<Running> 
         engines.push(engine);
         pages.push(opened);
     }
-    let runtime = Runtime::open(store.clone(), engines.clone(), RuntimeOptions::default())?;
-    let recovered_turns = runtime.recover().await?;
-    Ok(Running { runtime, store, engines, pages, quota, recovered_turns })
+    Ok(Opened { store, engines, pages, quota })
 }
 
 /// Takes the data directory and opens its database.
@@ -79,7 +93,8 @@ fn start_engine(
 ) -> Result<(Engine, OpenPages)> {
     let (cpu, model) = load_model(config, store, file)?;
     let (pool, page_file, opened) = open_pages(config, store, &model, quota)?;
-    let engine = Engine::start(Arc::new(model), cpu, pool, page_file, store.clone(), config.durability)?;
+    let (model, store, durability) = (Arc::new(model), store.clone(), config.durability);
+    let engine = Engine::start(model, cpu, pool, page_file, store, durability, config.speculation)?;
     Ok((engine, opened))
 }
 
@@ -91,16 +106,30 @@ pub fn assemble_pages(config: &Config, store: &Store, file: &ModelFile) -> Resul
 }
 
 fn load_model(config: &Config, store: &Store, file: &ModelFile) -> Result<(Cpu, Model)> {
-    let cpu = Cpu::new(config.threads).map_err(anyhow::Error::msg)?;
+    let cpu = Cpu::new(config.threads).map_err(anyhow::Error::msg)?.with_precision(config.activations);
     let options = LoadOptions {
         name: file.name.clone(),
         context: config.context,
         kv_dtype: config.kv_dtype,
         weights_hash: weights_hash(store, &file.path)?,
         device_numerics: cpu.numerics(),
+        pack_folders: pack_folders(config, &file.path),
     };
-    let model = Model::load(&file.path, options)?;
+    let mut bar = None;
+    let model = Model::load(&file.path, options, &mut |done, total| {
+        let bar = bar.get_or_insert_with(|| crate::output::progress_bar("packing weights", total));
+        bar.set_position(done);
+    })?;
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
     Ok((cpu, model))
+}
+
+/// Packed weights lie beside the model's file, or under the data directory where nothing can be written there.
+pub fn pack_folders(config: &Config, model: &Path) -> Vec<PathBuf> {
+    let beside = model.parent().map(Path::to_owned);
+    beside.into_iter().chain([config.data_dir.join("packs")]).collect()
 }
 
 /// Opens the model's page file. One that cannot be used is set aside, and its KV computed again from the tokens.
@@ -113,6 +142,12 @@ fn open_pages(
     let identity =
         Identity { fingerprint: model.fingerprint(), tenant_salt: tenant_salt(&config.pages_dir())? };
     let layout = *model.layout();
+    let page_bytes = Bytes(layout.page_bytes() as u64);
+    if let Some(quota) = config.disk_quota.filter(|quota| *quota < page_bytes) {
+        bail!(
+            "--disk-quota {quota} holds not one page of this model, which takes {page_bytes}; give it more"
+        );
+    }
     let name: String = identity.fingerprint[..16].iter().map(|byte| format!("{byte:02x}")).collect();
     let name = format!("{name}.pages");
     let path = config.pages_dir().join(&name);
@@ -153,6 +188,12 @@ fn weights_hash(store: &Store, path: &Path) -> Result<[u8; 32]> {
     if let Some(hash) = store.weights_hash(&state)? {
         return Ok(hash);
     }
+    eprintln!(
+        "{:<10}reading {} once, to know it by its contents ({})",
+        "model",
+        path.display(),
+        Bytes(state.bytes)
+    );
     let hash = hash_weights(path)?;
     store.remember_weights(&state, hash)?;
     Ok(hash)

@@ -85,6 +85,9 @@ pub struct Answering {
     /// Longest answer, in tokens
     #[arg(long, value_name = "TOKENS")]
     pub max_tokens: Option<usize>,
+    /// Go on where the model would end its answer, up to the longest answer
+    #[arg(long)]
+    pub ignore_eos: bool,
 }
 
 #[derive(Debug, Args)]
@@ -188,6 +191,19 @@ pub enum BenchCommand {
     /// Build a session, kill the server, and measure how it comes back
     #[command(after_help = "Example:\n  dormouse bench resume --model smollm2 --threads 2 --tokens 4000")]
     Resume(BenchResumeArguments),
+    /// How well the model predicts a text: exp of the mean of -ln p(token)
+    #[command(after_help = "Example:\n  dormouse bench perplexity --model smollm2 --text README.md")]
+    Perplexity(BenchPerplexityArguments),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchPerplexityArguments {
+    /// UTF-8 text to predict
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// The context starts anew after this many tokens; the first of each window is not scored
+    #[arg(long, default_value_t = 512, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+    pub window: usize,
 }
 
 #[derive(Debug, Args)]

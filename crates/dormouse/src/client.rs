@@ -57,6 +57,15 @@ impl Client {
         Ok(Client { http: builder.build().context("cannot set up the HTTP client")?, base, api_key })
     }
 
+    /// Of the server at `url`, else of the one that owns the data directory, if one runs.
+    pub fn find(config: &Config, url: Option<&str>) -> Result<Option<Client>> {
+        let running = match url {
+            Some(url) => Some(url.to_string()),
+            None => running_server(&config.data_dir)?,
+        };
+        running.map(|address| Client::new(&address, config.api_key.clone())).transpose()
+    }
+
     /// The address of a resource; segments may hold anything, they are escaped.
     fn url(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Url> {
         let mut url = self.base.clone();
@@ -91,7 +100,10 @@ impl Client {
         }
         let text = response.text().await.context("the server's error could not be read")?;
         let parsed: Value = serde_json::from_str(&text).unwrap_or_default();
-        let message = parsed["error"]["message"].as_str().unwrap_or(&text).to_string();
+        let mut message = parsed["error"]["message"].as_str().unwrap_or(&text).to_string();
+        if status == StatusCode::UNAUTHORIZED {
+            message = "this server needs its API key: give it with --api-key, or set DORMOUSE_API_KEY".into();
+        }
         Err(ServerError { status, message }.into())
     }
 
@@ -210,12 +222,8 @@ pub struct Connection {
 impl Connection {
     /// Finds the server at `url`, or the one that owns the data directory, or starts one in this process.
     pub async fn open(config: &Config, url: Option<&str>) -> Result<Connection> {
-        let key = config.api_key.clone();
-        if let Some(url) = url {
-            return Ok(Connection { client: Client::new(url, key)?, local: None });
-        }
-        if let Some(address) = running_server(&config.data_dir)? {
-            return Ok(Connection { client: Client::new(&address, key)?, local: None });
+        if let Some(client) = Client::find(config, url)? {
+            return Ok(Connection { client, local: None });
         }
         let models = weights::choose(config, false).await?;
         let config = Config { host: "127.0.0.1".into(), port: 0, api_key: None, ..config.clone() };

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use dormouse_kernels::KvDtype;
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use dormouse_engine::Speculation;
+use dormouse_kernels::{KvDtype, Precision};
 use dormouse_store::Durability;
 use serde::Deserialize;
 
@@ -33,20 +34,26 @@ pub struct Settings {
     #[arg(long, global = true, env = "DORMOUSE_DATA_DIR", value_name = "FOLDER")]
     pub data_dir: Option<PathBuf>,
     /// Threads to compute with [default: all cores]
-    #[arg(long, global = true, env = "DORMOUSE_THREADS")]
+    #[arg(long, global = true, env = "DORMOUSE_THREADS", value_parser = at_least_one())]
     pub threads: Option<usize>,
     /// Positions a session may have [default: what the model was trained for]
-    #[arg(long = "ctx", global = true, env = "DORMOUSE_CTX", value_name = "TOKENS")]
+    #[arg(long = "ctx", global = true, env = "DORMOUSE_CTX", value_name = "TOKENS", value_parser = at_least_one())]
     pub context: Option<usize>,
     /// How keys and values are stored; q8_0 takes half the bytes [default: f16]
-    #[arg(long, global = true, env = "DORMOUSE_KV_DTYPE", value_name = "f16|q8_0")]
-    pub kv_dtype: Option<String>,
+    #[arg(long, global = true, env = "DORMOUSE_KV_DTYPE", value_parser = kv_dtype_values())]
+    pub kv_dtype: Option<KvDtype>,
+    /// What activations are rounded to before quantised weights: int16 gives the tokens of exact arithmetic, slower [default: int8]
+    #[arg(long, global = true, env = "DORMOUSE_ACTIVATIONS", value_parser = activations_values())]
+    pub activations: Option<Precision>,
     /// Most bytes that page files may take [default: 20GiB, at most half of the free disk]
     #[arg(long, global = true, env = "DORMOUSE_DISK_QUOTA", value_name = "SIZE")]
     pub disk_quota: Option<Bytes>,
     /// What an acknowledged token survives: loss of power, the process's end, or nothing promised [default: power]
     #[arg(long, global = true, env = "DORMOUSE_DURABILITY", value_parser = durability_values())]
     pub durability: Option<Durability>,
+    /// Guess tokens ahead from the session's own text; answers stay the same, only faster [default: ngram]
+    #[arg(long, global = true, env = "DORMOUSE_SPECULATION", value_parser = speculation_values())]
+    pub speculation: Option<Speculation>,
     /// Key that clients must send as `Authorization: Bearer KEY`
     #[arg(long, global = true, env = "DORMOUSE_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub api_key: Option<String>,
@@ -55,6 +62,27 @@ pub struct Settings {
 fn durability_values() -> impl TypedValueParser<Value = Durability> {
     PossibleValuesParser::new(Durability::ALL.map(Durability::name))
         .map(|name| Durability::parse(&name).unwrap_or_default())
+}
+
+const KV_DTYPES: [KvDtype; 2] = [KvDtype::F16, KvDtype::Q8_0];
+
+fn kv_dtype_values() -> impl TypedValueParser<Value = KvDtype> {
+    PossibleValuesParser::new(KV_DTYPES.map(KvDtype::name))
+        .map(|name| KvDtype::parse(&name).unwrap_or(KvDtype::F16))
+}
+
+fn activations_values() -> impl TypedValueParser<Value = Precision> {
+    PossibleValuesParser::new(Precision::ALL.map(Precision::name))
+        .map(|name| Precision::parse(&name).unwrap_or_default())
+}
+
+fn at_least_one() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::new().range(1..)
+}
+
+fn speculation_values() -> impl TypedValueParser<Value = Speculation> {
+    PossibleValuesParser::new(Speculation::ALL.map(Speculation::name))
+        .map(|name| Speculation::parse(&name).unwrap_or_default())
 }
 
 /// The TOML file.
@@ -68,8 +96,10 @@ struct File {
     threads: Option<usize>,
     ctx: Option<usize>,
     kv_dtype: Option<String>,
+    activations: Option<String>,
     disk_quota: Option<Bytes>,
     durability: Option<Durability>,
+    speculation: Option<Speculation>,
     api_key: Option<String>,
 }
 
@@ -90,8 +120,10 @@ pub struct Config {
     pub threads: usize,
     pub context: Option<usize>,
     pub kv_dtype: KvDtype,
+    pub activations: Precision,
     pub disk_quota: Option<Bytes>,
     pub durability: Durability,
+    pub speculation: Speculation,
     pub api_key: Option<String>,
 }
 
@@ -146,7 +178,7 @@ fn read_file(path: &Path) -> Result<File> {
 }
 
 fn merge(flags: Settings, file: File) -> Result<Config> {
-    let from_file = match file.model {
+    let file_models = match file.model {
         None => Vec::new(),
         Some(OneOrMore::One(model)) => vec![model],
         Some(OneOrMore::More(models)) => models,
@@ -158,23 +190,36 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
             .data_dir()
             .join("dormouse"),
     };
-    let dtype = flags.kv_dtype.or(file.kv_dtype);
-    let kv_dtype = match &dtype {
-        None => KvDtype::F16,
-        Some(text) => KvDtype::parse(text)
-            .with_context(|| format!("--kv-dtype: expected f16 or q8_0, found '{text}'"))?,
+    let parse_dtype = |text: String| {
+        let names = KV_DTYPES.map(KvDtype::name).join(" or ");
+        KvDtype::parse(&text)
+            .with_context(|| format!("the settings file's kv_dtype: expected {names}, found '{text}'"))
     };
-    let threads = match flags.threads.or(file.threads) {
-        Some(0) => bail!("--threads: expected at least 1, found 0"),
-        Some(threads) => threads,
-        None => default_threads(),
+    let kv_dtype = match flags.kv_dtype {
+        Some(dtype) => dtype,
+        None => file.kv_dtype.map(parse_dtype).transpose()?.unwrap_or(KvDtype::F16),
     };
+    let parse_precision = |text: String| {
+        let names = Precision::ALL.map(Precision::name).join(" or ");
+        Precision::parse(&text)
+            .with_context(|| format!("the settings file's activations: expected {names}, found '{text}'"))
+    };
+    let activations = match flags.activations {
+        Some(precision) => precision,
+        None => file.activations.map(parse_precision).transpose()?.unwrap_or_default(),
+    };
+    for (name, value) in [("threads", file.threads), ("ctx", file.ctx)] {
+        if value == Some(0) {
+            bail!("the settings file's {name}: expected at least 1, found 0");
+        }
+    }
+    let threads = flags.threads.or(file.threads).unwrap_or_else(default_threads);
     let api_key = flags.api_key.or(file.api_key);
     if api_key.as_ref().is_some_and(|key| key.trim().is_empty()) {
         bail!("the API key is empty: leave it out, or set one");
     }
     let config = Config {
-        models: if flags.models.is_empty() { from_file } else { flags.models },
+        models: if flags.models.is_empty() { file_models } else { flags.models },
         host: flags.host.or(file.host).unwrap_or_else(|| "127.0.0.1".into()),
         port: flags.port.or(file.port).unwrap_or(DEFAULT_PORT),
         data_dir: std::path::absolute(&data_dir)
@@ -182,8 +227,10 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         threads,
         context: flags.context.or(file.ctx),
         kv_dtype,
+        activations,
         disk_quota: flags.disk_quota.or(file.disk_quota),
         durability: flags.durability.or(file.durability).unwrap_or_default(),
+        speculation: flags.speculation.or(file.speculation).unwrap_or_default(),
         api_key,
     };
     Ok(config)
@@ -217,6 +264,20 @@ mod tests {
         let error = toml::from_str::<File>("prot = 5").unwrap_err().to_string();
         assert!(error.contains("prot") && error.contains("port"), "{error}");
         assert!(toml::from_str::<File>("durability = \"strong\"").is_err());
+    }
+
+    #[test]
+    fn values_of_the_file_that_cannot_be_used_are_named() {
+        for (text, name) in [
+            ("kv_dtype = \"f64\"", "f16 or q8_0"),
+            ("activations = \"f64\"", "int8 or int16"),
+            ("threads = 0", "threads"),
+            ("ctx = 0", "ctx"),
+        ] {
+            let flags = Settings { data_dir: Some("/data".into()), ..Settings::default() };
+            let error = merge(flags, file(text)).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
     }
 
     #[test]

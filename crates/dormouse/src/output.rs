@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// `println!` for functions that answer a `Result`: a reader that has gone away is an error and not a panic.
@@ -39,6 +40,14 @@ fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// A bar for work on `total` bytes.
+pub fn progress_bar(what: &'static str, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total).with_message(what);
+    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {eta}";
+    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
 }
 
 /// `5 s`, `3 min`, `2 h`, `6 d`: how long ago a moment (seconds since the epoch) was.

@@ -4,6 +4,8 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use dormouse_models::catalog::{self, Entry};
+use dormouse_server::KnownModel;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -19,8 +21,22 @@ pub struct Server {
     /// `http://HOST:PORT`.
     pub url: String,
     pub running: Running,
+    /// Turns that the last process left unfinished and that are being finished now.
+    pub recovered_turns: usize,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<io::Result<()>>,
+}
+
+/// The catalogue, as `GET /v1/models` shows it.
+fn known_models(config: &Config) -> Result<Vec<KnownModel>> {
+    let known = |entry: &Entry| KnownModel {
+        id: entry.name.clone(),
+        path: config.weights_dir().join(&entry.file),
+        size_bytes: entry.size_bytes,
+        context: entry.context,
+        licence: entry.licence.clone(),
+    };
+    Ok(catalog::entries()?.iter().map(known).collect())
 }
 
 impl Server {
@@ -40,8 +56,11 @@ impl Server {
         let options = dormouse_server::Options {
             api_key: config.api_key.clone(),
             loopback_only: address.ip().is_loopback(),
+            known_models: known_models(config)?,
             ..dormouse_server::Options::default()
         };
+        // Before anyone can ask, and not before it is certain that this process is the server.
+        let recovered_turns = running.runtime.recover().await?;
         let router = dormouse_server::router(running.runtime.clone(), options);
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(dormouse_server::serve(listener, router, async {
@@ -49,7 +68,7 @@ impl Server {
             stopped.await.unwrap_or_default();
         }));
         running.store.set_address(url.clone()).await?;
-        Ok(Server { url, running, stop, serving })
+        Ok(Server { url, running, recovered_turns, stop, serving })
     }
 
     /// Accepts nothing more, stops generating at the next step, commits, and closes the database.

@@ -1,9 +1,12 @@
 //! [`ApiError`]: every failure a client can see, in the shape that OpenAI's clients map to their exceptions.
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use dormouse_session::SessionError;
 use serde_json::{Value, json};
+
+/// What OpenAI's clients look at before they send a request again by themselves.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// `{"error":{message,type,param,code}}` with a status.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,11 +16,13 @@ pub struct ApiError {
     /// The field of the request that is to blame.
     pub param: Option<String>,
     pub code: Option<&'static str>,
+    /// The request's input is in its session: sent again, it would be there twice.
+    pub is_taken_in: bool,
 }
 
 impl ApiError {
     pub fn new(status: StatusCode, code: Option<&'static str>, message: impl Into<String>) -> ApiError {
-        ApiError { status, message: message.into(), param: None, code }
+        ApiError { status, message: message.into(), param: None, code, is_taken_in: false }
     }
 
     /// 400: the value of `param` cannot be used as it is.
@@ -28,6 +33,15 @@ impl ApiError {
     /// 400: `param` has a meaning that Dormouse does not offer, so ignoring it would mislead.
     pub fn unsupported(param: impl Into<String>, message: impl Into<String>) -> ApiError {
         ApiError { code: Some("unsupported_parameter"), ..ApiError::invalid(param, message) }
+    }
+
+    /// 503: the server stops in the middle of a turn, which does not end with it.
+    pub fn interrupted(session: &str, turn: &str) -> ApiError {
+        let message = format!(
+            "the server is stopping; this turn goes on after its next start: GET /v1/sessions/{session}/turns/{turn}"
+        );
+        let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Some("turn_interrupted"), message);
+        ApiError { is_taken_in: true, ..error }
     }
 
     /// The object that goes out, also as a frame in the middle of a stream.
@@ -72,7 +86,7 @@ impl From<SessionError> for ApiError {
             SessionError::Stopping => (S::SERVICE_UNAVAILABLE, Some("stopping"), None),
             SessionError::Internal(_) => (S::INTERNAL_SERVER_ERROR, Some("internal_error"), None),
         };
-        ApiError { status, message, param, code }
+        ApiError { status, message, param, code, is_taken_in: false }
     }
 }
 
@@ -82,7 +96,10 @@ impl IntoResponse for ApiError {
             tracing::warn!(status = self.status.as_u16(), message = %self.message, "request failed");
         }
         let mut response = (self.status, axum::Json(self.body())).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE || self.status == StatusCode::TOO_MANY_REQUESTS {
+        if self.is_taken_in {
+            // OpenAI's clients repeat requests that ended with such a status, unless they are told not to.
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        } else if matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
@@ -105,12 +122,27 @@ mod tests {
 
     #[test]
     fn a_context_overflow_carries_both_numbers_and_openais_code() {
-        let error: ApiError = SessionError::ContextLengthExceeded { context: 2048, tokens: 3000 }.into();
+        let error: ApiError =
+            SessionError::ContextLengthExceeded { context: 2048, tokens: 3000, or_more: false }.into();
         let body = error.body();
         assert_eq!(body["error"]["code"], "context_length_exceeded");
         assert_eq!(body["error"]["type"], "invalid_request_error");
         let message = body["error"]["message"].as_str().unwrap();
         assert!(message.contains("2048") && message.contains("3000"));
+    }
+
+    #[test]
+    fn clients_send_again_what_was_not_taken_in_and_nothing_else() {
+        let refused = ApiError::from(SessionError::Stopping).into_response();
+        assert_eq!(
+            (refused.status().as_u16(), &refused.headers()[header::RETRY_AFTER]),
+            (503, &"1".parse().unwrap())
+        );
+        let interrupted = ApiError::interrupted("sess_1", "turn_2");
+        assert!(interrupted.message.contains("/v1/sessions/sess_1/turns/turn_2"));
+        let interrupted = interrupted.into_response();
+        assert!(!interrupted.headers().contains_key(header::RETRY_AFTER));
+        assert_eq!(interrupted.headers()[SHOULD_RETRY], "false");
     }
 
     #[test]

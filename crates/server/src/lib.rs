@@ -26,6 +26,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 pub use body::BODY_LIMIT_BYTES;
 pub use error::ApiError;
+pub use routes::KnownModel;
 pub use serve::serve;
 
 /// Who may ask, and how much at once.
@@ -37,11 +38,13 @@ pub struct Options {
     pub loopback_only: bool,
     /// Answers that may be on their way at once; more are answered 429.
     pub max_running: usize,
+    /// Models that could be served but are not, for `GET /v1/models`.
+    pub known_models: Vec<KnownModel>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { api_key: None, loopback_only: false, max_running: 256 }
+        Options { api_key: None, loopback_only: false, max_running: 256, known_models: Vec::new() }
     }
 }
 
@@ -52,6 +55,7 @@ struct App {
     tenant: Tenant,
     running: Arc<Semaphore>,
     max_running: usize,
+    known_models: Arc<[KnownModel]>,
 }
 
 impl App {
@@ -78,6 +82,7 @@ pub fn router(runtime: Runtime, options: Options) -> Router {
         tenant: Tenant::default(),
         running: Arc::new(Semaphore::new(options.max_running)),
         max_running: options.max_running,
+        known_models: options.known_models.clone().into(),
     };
     routes::all()
         .with_state(app)

@@ -32,6 +32,15 @@ pub enum TurnStatus {
     Failed,
 }
 
+/// What kind of failure ended a turn, for programs; its `error` is for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCode {
+    /// No room for KV pages or for the database: the same turn can go well once there is room.
+    OutOfSpace,
+    TurnFailed,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Session {
     pub id: String,
@@ -155,6 +164,8 @@ pub struct Turn {
     pub completed_at: Option<u64>,
     pub finish_reason: Option<FinishReason>,
     pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<FailureCode>,
     /// The answer so far (whole when the turn is over).
     pub output_text: String,
     pub usage: Usage,
@@ -310,9 +321,16 @@ pub enum SessionError {
     NameTaken(String),
     /// Status 400, code `context_length_exceeded`.
     #[error(
-        "this model's context holds {context} tokens, but the session's {tokens} tokens and what was asked for do not fit"
+        "this model's maximum context length is {context} tokens, but the prompt has {}{tokens} and needs room for an \
+         answer: shorten it, or rewind the session",
+        if *or_more { "at least " } else { "" }
     )]
-    ContextLengthExceeded { context: usize, tokens: usize },
+    ContextLengthExceeded {
+        context: usize,
+        tokens: usize,
+        /// Counting stopped when it was clear that the prompt cannot fit.
+        or_more: bool,
+    },
     /// Status 400; `param` names the field.
     #[error("{message}")]
     Invalid { param: String, message: String },

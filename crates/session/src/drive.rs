@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dormouse_engine::{Engine, EngineError, Event, FinishReason, Miss, OutputText, Receipt, TurnSpec};
-use dormouse_store::{FinishTurn, StoreError};
+use dormouse_store::{FinishTurn, StoreError, UpdateSession};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 
@@ -36,13 +36,15 @@ pub(crate) struct Run {
     pub miss: Option<Miss>,
     /// Wait for this before the engine gets the turn.
     pub gate: Option<watch::Receiver<bool>>,
+    /// The session's settings name the model that was interrupted, not the one that finishes the turn.
+    pub adopts_model: bool,
 }
 
 /// How a turn ended.
 struct End {
     status: TurnStatus,
     reason: Option<FinishReason>,
-    error: Option<String>,
+    error: Option<(FailureCode, String)>,
     text: String,
     /// The end of `text`, which no event has told yet.
     rest: String,
@@ -170,7 +172,13 @@ impl Runtime {
         End {
             status: TurnStatus::Failed,
             reason: None,
-            error: Some(why.to_string()),
+            error: Some((
+                match why {
+                    EngineError::OutOfSpace(_) => FailureCode::OutOfSpace,
+                    _ => FailureCode::TurnFailed,
+                },
+                why.to_string(),
+            )),
             text: told + &rest,
             rest,
             output: tokens,
@@ -184,7 +192,7 @@ impl Runtime {
         let rest = end.output.last().copied().filter(|_| !end.rest.is_empty()).zip(Some(end.rest.clone()));
         let change = match self.finish_turn_change(&mut run, end, now_ms).await {
             Ok(change) => change,
-            Err(why) => return self.finish_failed(&run, hub, &why.to_string()),
+            Err(why) => return self.finish_failed(&run, hub, &why),
         };
         let mut told = false;
         loop {
@@ -193,7 +201,7 @@ impl Runtime {
                 Err(why @ StoreError::Full(_)) if !self.inner.is_stopping() => {
                     if !told {
                         tracing::warn!(turn = hub.turn, "the end of the turn waits for room: {why}");
-                        self.finish_failed(&run, hub, &why.to_string());
+                        self.finish_failed(&run, hub, &why.into());
                         told = true;
                     }
                     tokio::time::sleep(FULL_RETRY).await;
@@ -202,11 +210,17 @@ impl Runtime {
                 Err(why) => {
                     tracing::error!(turn = hub.turn, "the end of the turn could not be recorded: {why}");
                     if !told {
-                        self.finish_failed(&run, hub, &why.to_string());
+                        self.finish_failed(&run, hub, &why.into());
                     }
                     return;
                 }
             }
+        }
+        if run.adopts_model
+            && let Err(why) = self.adopt_model(&run).await
+        {
+            // The next turn says `model_changed` once more.
+            tracing::warn!(session = hub.session, "the session's model could not be recorded: {why}");
         }
         if run.record.delete_after
             && let Err(why) = self.delete_by_id(&hub.session).await
@@ -233,6 +247,16 @@ impl Runtime {
         hub.publish(last, body);
     }
 
+    /// Only after the turn has reported the change: until then a second crash must not forget it.
+    async fn adopt_model(&self, run: &Run) -> Result<(), SessionError> {
+        let mut settings = self.inner.settings(&run.spec.session).await?;
+        settings.fingerprint = records::hex(&run.engine.model().fingerprint());
+        let settings = Some(encode(&settings)?);
+        let change = UpdateSession { settings, now_ms: ids::now_ms(), ..UpdateSession::default() };
+        self.inner.store.update_session(&run.spec.session, change).await?;
+        Ok(())
+    }
+
     async fn finish_turn_change(
         &self,
         run: &mut Run,
@@ -246,7 +270,7 @@ impl Runtime {
         let record = &mut run.record;
         record.status = end.status;
         record.finish_reason = end.reason;
-        record.error.clone_from(&end.error);
+        (record.error_code, record.error) = end.error.unzip();
         record.completed_ms = Some(now_ms);
         record.usage = Usage {
             prompt_tokens,
@@ -299,7 +323,7 @@ impl Runtime {
             record: encode(record)?,
             item: item.map(|item| item.to_row()).transpose()?,
             boundaries,
-            error: end.error,
+            error: record.error.clone(),
             expires_ms,
             events: vec![new_event(kind, Some(&spec.turn), data)],
             now_ms,
@@ -308,9 +332,13 @@ impl Runtime {
 
     /// Tells the followers that the turn's end could not be recorded. The database still has it in progress, and the
     /// next start finishes it.
-    fn finish_failed(&self, run: &Run, hub: &Hub, why: &str) {
+    fn finish_failed(&self, run: &Run, hub: &Hub, why: &SessionError) {
         let mut record = run.record.clone();
         record.status = TurnStatus::Failed;
+        record.error_code = Some(match why {
+            SessionError::OutOfSpace(_) => FailureCode::OutOfSpace,
+            _ => FailureCode::TurnFailed,
+        });
         record.error = Some(format!("the end of this turn could not be recorded yet: {why}"));
         let turn = Box::new(records::turn_of(&hub.session, &hub.turn, run.created_ms, record));
         hub.publish(turn.last_number(), TurnEventBody::Failed { turn });

@@ -211,6 +211,7 @@ mod tests {
             completed_at: None,
             finish_reason: None,
             error: None,
+            error_code: None,
             output_text: "ab".into(),
             usage: Usage::default(),
             dormouse: None,

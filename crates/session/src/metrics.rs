@@ -8,6 +8,8 @@
 //! | `dormouse_steps_total{model}` | forward passes |
 //! | `dormouse_prompt_tokens_computed_total{model}` | prompt tokens computed |
 //! | `dormouse_output_tokens_total{model}` | tokens generated |
+//! | `dormouse_speculation_drafted_tokens_total{model}` | guessed tokens computed ahead |
+//! | `dormouse_speculation_accepted_tokens_total{model}` | those of them that became output |
 //! | `dormouse_restored_tokens_total{model}` | prompt tokens whose KV was found and mapped |
 //! | `dormouse_recomputed_tokens_total{model}` | tokens computed although they had been before |
 //! | `dormouse_restored_bytes_read_total{model}` | bytes read from disk to restore KV |
@@ -64,6 +66,12 @@ const METRICS: &[Metric] = &[
         it.prompt_tokens_computed
     }),
     ("dormouse_output_tokens_total", "counter", "Tokens generated", |it| it.output_tokens),
+    ("dormouse_speculation_drafted_tokens_total", "counter", "Guessed tokens computed ahead", |it| {
+        it.drafted_tokens
+    }),
+    ("dormouse_speculation_accepted_tokens_total", "counter", "Guessed tokens that became output", |it| {
+        it.accepted_tokens
+    }),
     ("dormouse_restored_tokens_total", "counter", "Prompt tokens whose KV was mapped", |it| {
         it.restored_tokens
     }),

@@ -48,6 +48,8 @@ pub(crate) struct TurnRecord {
     pub completed_ms: Option<u64>,
     pub finish_reason: Option<FinishReason>,
     pub error: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<FailureCode>,
     pub output_text: String,
     /// The output tokens of an answer that ended with a stop string: the next turn takes them out of the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,6 +202,7 @@ pub(crate) fn turn_of(session: &str, id: &str, created_ms: u64, record: TurnReco
         completed_at: record.completed_ms.map(|at| at / 1000),
         finish_reason: record.finish_reason,
         error: record.error,
+        error_code: record.error_code,
         output_text: record.output_text,
         usage: record.usage,
         dormouse: record.receipt,
@@ -242,7 +245,7 @@ impl From<dormouse_engine::EngineError> for SessionError {
         use dormouse_engine::EngineError;
         match error {
             EngineError::ContextOverflow { tokens, context } => {
-                SessionError::ContextLengthExceeded { context, tokens }
+                SessionError::ContextLengthExceeded { context, tokens, or_more: false }
             }
             EngineError::OutOfSpace(_) => SessionError::OutOfSpace(error.to_string()),
             EngineError::Stopped => SessionError::Stopping,

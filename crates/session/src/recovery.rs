@@ -84,6 +84,7 @@ impl Runtime {
                 at_message: None,
             }),
             gate: None,
+            adopts_model: model_changed,
         };
         // The engine publishes the durable output again from its first token, and sees whether it had already ended.
         self.drive(run, false)?;
@@ -134,6 +135,7 @@ impl Runtime {
         record.status = status;
         record.finish_reason = (status == TurnStatus::Cancelled).then_some(FinishReason::Cancelled);
         record.error = error.map(str::to_owned);
+        record.error_code = error.map(|_| FailureCode::TurnFailed);
         record.completed_ms = Some(now_ms);
         record.usage.completion_tokens = log_len.saturating_sub(record.usage.prompt_tokens);
         record.usage.total_tokens = record.usage.prompt_tokens + record.usage.completion_tokens;

@@ -302,7 +302,11 @@ impl Plan {
         })?;
         let prompt_tokens = prompt.keep_tokens + prompt.tokens.len();
         if prompt_tokens >= context {
-            return Err(SessionError::ContextLengthExceeded { context, tokens: prompt_tokens });
+            return Err(SessionError::ContextLengthExceeded {
+                context,
+                tokens: prompt_tokens,
+                or_more: false,
+            });
         }
         let turn = ids::mint("turn_")?;
         let now_ms = ids::now_ms();
@@ -340,6 +344,7 @@ impl Plan {
             completed_ms: None,
             finish_reason: None,
             error: None,
+            error_code: None,
             output_text: String::new(),
             output: None,
             usage: Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() },
@@ -395,6 +400,7 @@ impl Plan {
             starts: self.starts,
             miss,
             gate: start.gate,
+            adopts_model: false,
         }
     }
 }
@@ -410,7 +416,7 @@ fn check_size(tokenizer: &Tokenizer, context: usize, input: &[Message]) -> Resul
     let ids = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
     let longest = ids.filter_map(|id| tokenizer.token_bytes(id)).map(<[u8]>::len).max().unwrap_or(1).max(1);
     match bytes / longest >= context {
-        true => Err(SessionError::ContextLengthExceeded { context, tokens: bytes / longest }),
+        true => Err(SessionError::ContextLengthExceeded { context, tokens: bytes / longest, or_more: true }),
         false => Ok(()),
     }
 }

@@ -145,12 +145,12 @@ async fn a_prompt_beyond_the_context_changes_nothing() {
     let refused =
         runtime.start_turn(&tenant(), &session.id, request(&"word ".repeat(100), 5)).await.map(|_| ());
     assert!(
-        matches!(refused, Err(SessionError::ContextLengthExceeded { context: 64, tokens }) if tokens > 100),
+        matches!(refused, Err(SessionError::ContextLengthExceeded { context: 64, tokens, or_more: false }) if tokens > 100),
         "{refused:?}"
     );
     // Far too much is refused before it is tokenised.
     let huge = runtime.start_turn(&tenant(), &session.id, request(&"a".repeat(1 << 20), 5)).await.map(|_| ());
-    assert!(matches!(huge, Err(SessionError::ContextLengthExceeded { .. })), "{huge:?}");
+    assert!(matches!(huge, Err(SessionError::ContextLengthExceeded { or_more: true, .. })), "{huge:?}");
     let known = runtime.get(&tenant(), &session.id).await.unwrap();
     assert_eq!((known.tokens, known.turns, known.status), (0, 0, SessionStatus::Idle));
     // Up to the context's end there is room.

@@ -35,6 +35,7 @@ impl Setup {
         command.arg("serve").args(["--host", "127.0.0.1", "--port", "0"]);
         command.arg("--data-dir").arg(&self.data_dir).arg("--model").arg(&self.model);
         command.args(["--threads", &config.threads.to_string(), "--kv-dtype", config.kv_dtype.name()]);
+        command.args(["--activations", config.activations.name()]);
         command.args(["--durability", config.durability.name()]);
         if let Some(context) = config.context {
             command.args(["--ctx", &context.to_string()]);

@@ -16,6 +16,7 @@ pub fn fields(answering: &Answering) -> Map<String, Value> {
         ("temperature", answering.temperature.map(Value::from)),
         ("seed", answering.seed.map(Value::from)),
         ("max_tokens", answering.max_tokens.map(Value::from)),
+        ("ignore_eos", answering.ignore_eos.then_some(Value::from(true))),
     ];
     fields.extend(flags.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))));
     fields
@@ -47,8 +48,13 @@ pub async fn open_session(client: &Client, config: &Config, name: Option<&str>) 
 /// The server's name for a model that was given as a name or a path.
 pub async fn model_id(client: &Client, model: &str) -> Result<String> {
     let list = client.get(&["v1", "models"], &[]).await?;
-    let ids: Vec<&str> =
-        list["data"].as_array().into_iter().flatten().filter_map(|card| card["id"].as_str()).collect();
+    let ids: Vec<&str> = list["data"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|card| card["dormouse"]["loaded"] != false)
+        .filter_map(|card| card["id"].as_str())
+        .collect();
     let name = crate::weights::name_of(model);
     match ids.iter().find(|id| **id == model || **id == name) {
         Some(id) => Ok(id.to_string()),
@@ -56,16 +62,32 @@ pub async fn model_id(client: &Client, model: &str) -> Result<String> {
     }
 }
 
-/// Prints the text of a turn's events as they come; answers the turn at its end.
-pub async fn print_events(events: &mut Events) -> Result<Value> {
+/// What was told of a turn before its server went away.
+pub const CUT_OFF: &str =
+    "the server stopped in the middle of the answer; it goes on after the server's next start";
+
+/// Prints the text of a turn's events as they come; answers the turn at its end, None when the server went away before.
+/// `last_seen` is the number of the last event that was printed.
+pub async fn print_events(events: &mut Events, last_seen: &mut Option<u64>) -> Result<Option<Value>> {
     let mut out = std::io::stdout();
-    while let Some(event) = events.next().await? {
+    loop {
+        let event = match events.next().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return Ok(None),
+            Err(broken) => {
+                tracing::debug!("the stream of an answer broke off: {broken:#}");
+                return Ok(None);
+            }
+        };
+        *last_seen = event["sequence_number"].as_u64().or(*last_seen);
         match event["type"].as_str() {
             Some("session.turn.output_text.delta") => {
                 out.write_all(event["delta"].as_str().unwrap_or_default().as_bytes())?;
                 out.flush()?;
             }
-            Some("session.turn.completed" | "session.turn.cancelled") => return Ok(event["turn"].clone()),
+            Some("session.turn.completed" | "session.turn.cancelled") => {
+                return Ok(Some(event["turn"].clone()));
+            }
             Some("session.turn.failed") => {
                 bail!(
                     "{}",
@@ -75,7 +97,6 @@ pub async fn print_events(events: &mut Events) -> Result<Value> {
             _ => {}
         }
     }
-    bail!("the server stopped in the middle of the answer; it goes on after the server's next start")
 }
 
 /// What the turn cost, in one line.
@@ -103,7 +124,8 @@ mod tests {
 
     #[test]
     fn only_flags_that_were_given_reach_the_server() {
-        let answering = Answering { temperature: Some(0.0), seed: None, max_tokens: Some(5) };
+        let answering =
+            Answering { temperature: Some(0.0), seed: None, max_tokens: Some(5), ignore_eos: false };
         assert_eq!(Value::Object(fields(&answering)), json!({"temperature": 0.0, "max_tokens": 5}));
     }
 

@@ -1,6 +1,7 @@
 //! `dormouse chat`: a conversation that can be left and gone on with.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustyline::DefaultEditor;
@@ -9,9 +10,12 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Opened};
 use crate::cli::{Answering, ChatArguments};
-use crate::client::{Client, Connection, Events};
+use crate::client::{Client, Connection};
 use crate::config::Config;
 use crate::output::{dim, outln};
+
+/// Time between two looks for a server that has gone away.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 const HELP: &str = "\
 /fork NAME   go on in a copy of this session; the original stays as it is
@@ -22,15 +26,18 @@ const HELP: &str = "\
 
 pub async fn chat(config: &Config, arguments: ChatArguments) -> Result<()> {
     let connection = Connection::open(config, arguments.server.url.as_deref()).await?;
-    let outcome = talk(&connection.client, config, &arguments).await;
+    let outcome = talk(&connection, config, &arguments).await;
     connection.close().await?;
     outcome
 }
 
-async fn talk(client: &Client, config: &Config, arguments: &ChatArguments) -> Result<()> {
-    let opened = answer::open_session(client, config, arguments.session.as_deref()).await?;
+async fn talk(connection: &Connection, config: &Config, arguments: &ChatArguments) -> Result<()> {
+    let client = connection.client.clone();
+    let opened = answer::open_session(&client, config, arguments.session.as_deref()).await?;
     let mut chat = Chat {
-        client: client.clone(),
+        client,
+        config: config.clone(),
+        url: arguments.server.url.clone(),
         answering: arguments.answering.clone(),
         id: String::new(),
         name: None,
@@ -74,6 +81,9 @@ async fn talk(client: &Client, config: &Config, arguments: &ChatArguments) -> Re
 
 struct Chat {
     client: Client,
+    /// Where to look for the server when it has gone away.
+    config: Config,
+    url: Option<String>,
     answering: Answering,
     /// The session's id, and the name that people know it by.
     id: String,
@@ -100,11 +110,10 @@ impl Chat {
     }
 
     /// Makes a session that was there before ready, and shows the rest of an answer that was left unfinished.
-    async fn restore(&self, session: &Value) -> Result<()> {
+    async fn restore(&mut self, session: &Value) -> Result<()> {
         if let Some(turn) = session["active_turn"].as_str() {
             eprintln!("{}", dim("an answer is on its way:"));
-            let path = ["v1", "sessions", &self.id, "turns", turn];
-            return self.show(self.client.get_events(&path, &[("stream", "true")]).await?, turn).await;
+            return self.show(turn).await;
         }
         let receipt = self.client.post(&["v1", "sessions", &self.id, "resume"], &[], &json!({})).await?;
         eprintln!(
@@ -120,7 +129,7 @@ impl Chat {
         Ok(())
     }
 
-    async fn say(&self, text: &str) -> Result<()> {
+    async fn say(&mut self, text: &str) -> Result<()> {
         let mut body = answer::fields(&self.answering);
         body.insert("input".into(), text.into());
         // In the background: the answer goes on when this program is closed, and is there at the next start.
@@ -128,25 +137,62 @@ impl Chat {
         let path = ["v1", "sessions", &self.id, "turns"];
         let begun = self.client.post(&path, &[], &Value::Object(body)).await?;
         let turn = begun["id"].as_str().context("the server's turn has no id")?;
-        let path = ["v1", "sessions", &self.id, "turns", turn];
-        self.show(self.client.get_events(&path, &[("stream", "true")]).await?, turn).await
+        self.show(turn).await
     }
 
-    /// Prints the answer as it comes. Ctrl-C cancels it; what was said until then stays.
-    async fn show(&self, mut events: Events, turn: &str) -> Result<()> {
-        let mut answer = std::pin::pin!(answer::print_events(&mut events));
-        let turn = tokio::select! {
-            turn = &mut answer => turn?,
-            pressed = tokio::signal::ctrl_c() => {
-                pressed.context("cannot listen for Ctrl-C")?;
-                self.client.post(&["v1", "sessions", &self.id, "turns", turn, "cancel"], &[], &json!({})).await?;
-                answer.await?
+    /// Prints the answer as it comes. Ctrl-C cancels it; what was said until then stays. When the server goes away, the
+    /// answer goes on where it was as soon as the server is back.
+    async fn show(&mut self, turn: &str) -> Result<()> {
+        let mut last_seen = None;
+        let turn = loop {
+            match self.listen(turn, &mut last_seen).await? {
+                Some(turn) => break turn,
+                None => eprintln!("\n{}", dim("the server is gone; waiting for it (Ctrl-C stops waiting)")),
+            }
+            tokio::select! {
+                back = self.server_is_back() => back?,
+                pressed = tokio::signal::ctrl_c() => {
+                    pressed.context("cannot listen for Ctrl-C")?;
+                    eprintln!("{}", dim(answer::CUT_OFF));
+                    return Ok(());
+                }
             }
         };
         outln!("");
         let stopped = if turn["status"] == "cancelled" { "stopped · " } else { "" };
         eprintln!("{}", dim(&format!("{stopped}{}", answer::receipt_line(&turn))));
         Ok(())
+    }
+
+    /// Prints what follows the last event seen; None when the server goes away before the turn's end.
+    async fn listen(&self, turn: &str, last_seen: &mut Option<u64>) -> Result<Option<Value>> {
+        let path = ["v1", "sessions", &self.id, "turns", turn];
+        let seen = last_seen.map(|number| number.to_string());
+        let mut query = vec![("stream", "true")];
+        query.extend(seen.as_deref().map(|seen| ("starting_after", seen)));
+        let mut events = self.client.get_events(&path, &query).await?;
+        let mut answer = std::pin::pin!(answer::print_events(&mut events, last_seen));
+        tokio::select! {
+            turn = &mut answer => turn,
+            pressed = tokio::signal::ctrl_c() => {
+                pressed.context("cannot listen for Ctrl-C")?;
+                self.client.post(&["v1", "sessions", &self.id, "turns", turn, "cancel"], &[], &json!({})).await?;
+                answer.await
+            }
+        }
+    }
+
+    /// Returns when the server answers again, be it at another address.
+    async fn server_is_back(&mut self) -> Result<()> {
+        loop {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            // A server that is only starting counts as gone, too.
+            let Ok(Some(client)) = Client::find(&self.config, self.url.as_deref()) else { continue };
+            if client.get(&["health"], &[]).await.is_ok() {
+                self.client = client;
+                return Ok(());
+            }
+        }
     }
 
     async fn command(&mut self, line: &str) -> Result<()> {

@@ -120,7 +120,7 @@ fn count_tensors(source: &ModelSource) -> (u64, u64, Value) {
     let (mut parameters, mut bytes) = (0, 0);
     let names: Vec<&str> = match source {
         ModelSource::Gguf(file) => file.tensors().map(|(name, _)| name).collect(),
-        ModelSource::Folder(folder) => folder.names().collect(),
+        ModelSource::Folder(folder) => folder.names(),
     };
     for name in names {
         let Some(tensor) = source.tensor(name) else { continue };

@@ -59,7 +59,7 @@ async fn in_session(
     }
     body.insert("stream".into(), true.into());
     let mut events = client.post_events(&path, &Value::Object(body)).await?;
-    let turn = answer::print_events(&mut events).await?;
+    let turn = answer::print_events(&mut events, &mut None).await?.context(answer::CUT_OFF)?;
     outln!("");
     eprintln!("{}", dim(&answer::receipt_line(&turn)));
     Ok(())

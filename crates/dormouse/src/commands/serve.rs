@@ -12,10 +12,14 @@ use crate::weights;
 
 pub async fn serve(config: &Config, arguments: ServeArguments) -> Result<()> {
     config.check_exposure()?;
-    let models = weights::choose(config, arguments.yes).await?;
     let mut signals = Signals::listen()?;
+    let starting = async {
+        let models = weights::choose(config, arguments.yes).await?;
+        Server::start(config, models).await
+    };
     let server = tokio::select! {
-        server = Server::start(config, models) => server?,
+        server = starting => server?,
+        // What a download or a check has done so far is kept, or done again: nothing is half written.
         () = signals.stop() => return Ok(()),
     };
     describe(config, &server).await?;
@@ -71,6 +75,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
             ),
         );
         line("device", format!("{}, {} threads", model.numerics(), config.threads));
+        line("", format!("speculation {}", config.speculation.name()));
         let state = if pages.report.created { "new".into() } else { format!("{} pages", pages.report.pages) };
         line("pages", format!("{} ({state})", pages.path.display()));
         if let Some(aside) = &pages.set_aside {
@@ -82,7 +87,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
     line("quota", format!("{quota} for pages; {} of disk are free", Bytes(free.0)));
     let counts = running.store.session_counts().await?;
     let sessions = counts.idle + counts.in_progress + counts.failed;
-    line("sessions", format!("{sessions} found, {} unfinished turns go on", running.recovered_turns));
+    line("sessions", format!("{sessions} found, {} unfinished turns go on", server.recovered_turns));
     for problem in running.store.health().await? {
         line("database", problem);
     }

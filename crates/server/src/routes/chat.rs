@@ -47,6 +47,7 @@ pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Res
         runtime: app.runtime.clone(),
         logprobs,
         include_usage: delivery.include_usage,
+        goes_on: session.then(|| (first.session.clone(), first.turn.clone())),
     };
     if delivery.stream {
         return Ok(chat_answer::stream(answer, streams, permit));

@@ -3,7 +3,9 @@
 use axum::http::StatusCode;
 use axum::response::Response;
 use dormouse_engine::{FinishReason, TokenLogprob};
-use dormouse_session::{Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream};
+use dormouse_session::{
+    FailureCode, Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream,
+};
 use futures::StreamExt;
 use futures::stream;
 use serde_json::{Map, Value, json};
@@ -23,6 +25,8 @@ pub struct Answer {
     pub runtime: Runtime,
     pub logprobs: bool,
     pub include_usage: bool,
+    /// The session and turn that go on when the server is stopped; None where the answer ends with its request.
+    pub goes_on: Option<(String, String)>,
 }
 
 /// What one choice has said so far.
@@ -38,7 +42,10 @@ impl Choice {
     /// Takes an event in and answers the text and log-probabilities that it added; None ends the stream early.
     fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<(String, Vec<Value>), ApiError> {
         match event.map(|event| event.body) {
-            None => Err(SessionError::Stopping.into()),
+            None => Err(match &answer.goes_on {
+                Some((session, turn)) => ApiError::interrupted(session, turn),
+                None => SessionError::Stopping.into(),
+            }),
             Some(TurnEventBody::Created { .. } | TurnEventBody::InProgress { .. }) => Ok(Default::default()),
             Some(TurnEventBody::Delta { delta, token, logprob }) => {
                 self.text.push_str(&delta);
@@ -53,8 +60,7 @@ impl Choice {
                 | TurnEventBody::Failed { turn },
             ) => {
                 if turn.status == TurnStatus::Failed {
-                    let text = turn.error.as_deref().unwrap_or("the answer failed, and no reason is known");
-                    return Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Some("turn_failed"), text));
+                    return Err(failure(&turn));
                 }
                 self.turn = Some(*turn);
                 Ok(Default::default())
@@ -105,6 +111,16 @@ impl Answer {
         }
         chunk
     }
+}
+
+/// What a client that waits for a turn's answer is told when the turn failed.
+fn failure(turn: &Turn) -> ApiError {
+    let text = turn.error.as_deref().unwrap_or("the answer failed, and no reason is known");
+    let (status, code) = match turn.error_code {
+        Some(FailureCode::OutOfSpace) => (StatusCode::INSUFFICIENT_STORAGE, "out_of_space"),
+        Some(FailureCode::TurnFailed) | None => (StatusCode::INTERNAL_SERVER_ERROR, "turn_failed"),
+    };
+    ApiError { is_taken_in: true, ..ApiError::new(status, Some(code), text) }
 }
 
 /// JSON has no infinity; -9999 is how OpenAI writes "impossible".
@@ -258,6 +274,7 @@ mod tests {
             completed_at: Some(1),
             finish_reason: Some(reason),
             error: None,
+            error_code: None,
             output_text: text.into(),
             usage: Usage { prompt_tokens: 10, completion_tokens: 3, total_tokens: 13, cached_tokens: 8 },
             dormouse: Some(Receipt { restored_tokens: 8, ..Receipt::default() }),
@@ -280,6 +297,19 @@ mod tests {
     fn finish_reasons_are_from_openais_list() {
         assert_eq!(finish_reason(&turn("", FinishReason::Length)), "length");
         assert_eq!(finish_reason(&turn("", FinishReason::Cancelled)), "stop");
+    }
+
+    #[test]
+    fn a_turn_without_room_is_told_apart_from_one_that_broke() {
+        let failed =
+            |code| Turn { error_code: Some(code), error: Some("why".into()), ..turn("", FinishReason::Stop) };
+        let full = failure(&failed(FailureCode::OutOfSpace));
+        assert_eq!(
+            (full.status.as_u16(), full.code, full.message.as_str()),
+            (507, Some("out_of_space"), "why")
+        );
+        let broken = failure(&failed(FailureCode::TurnFailed));
+        assert_eq!((broken.status.as_u16(), broken.code), (500, Some("turn_failed")));
     }
 
     #[test]

@@ -9,6 +9,8 @@ mod models;
 mod sessions;
 mod turns;
 
+pub use models::KnownModel;
+
 use std::any::Any;
 
 use axum::Router;

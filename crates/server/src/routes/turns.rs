@@ -32,7 +32,7 @@ pub async fn create(
         request.generation.sampling.seed = session.seed;
     }
     let background = request.background;
-    let started = app.runtime.start_turn(&app.tenant, &session.id, request).await?;
+    let started = app.runtime.start_turn(&app.tenant, &session.id, request).await.map_err(blame_input)?;
     if streams {
         return Ok(stream(started, Some(permit)));
     }
@@ -74,6 +74,15 @@ pub async fn cancel(
     Path((session, turn)): Path<(String, String)>,
 ) -> Result<Json<Value>, ApiError> {
     Ok(Json(to_value(&app.runtime.cancel(&app.tenant, &session, &turn).await?)?))
+}
+
+/// What chat requests call `messages` is `input` here.
+fn blame_input(error: SessionError) -> ApiError {
+    let mut error = ApiError::from(error);
+    if error.param.as_deref() == Some("messages") {
+        error.param = Some("input".into());
+    }
+    error
 }
 
 /// The request, and whether its answer is to be streamed.
@@ -119,7 +128,7 @@ async fn finished(mut stream: TurnStream) -> Result<dormouse_session::Turn, ApiE
             return Ok(*turn);
         }
     }
-    Err(SessionError::Stopping.into())
+    Err(ApiError::interrupted(&stream.session, &stream.turn))
 }
 
 #[cfg(test)]
@@ -144,6 +153,15 @@ mod tests {
         for bad in [json!({}), json!({"input": 5}), json!({"input": ""}), json!({"input": []})] {
             assert_eq!(parse(bad).unwrap_err().param.as_deref(), Some("input"));
         }
+    }
+
+    #[test]
+    fn an_input_that_does_not_fit_is_blamed_by_its_own_name() {
+        let full = || SessionError::ContextLengthExceeded { context: 256, tokens: 300, or_more: true };
+        assert_eq!(blame_input(full()).param.as_deref(), Some("input"));
+        assert_eq!(blame_input(full()).code, ApiError::from(full()).code);
+        let other = SessionError::Invalid { param: "logit_bias".into(), message: String::new() };
+        assert_eq!(blame_input(other).param.as_deref(), Some("logit_bias"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dormouse_engine::{Engine, Sampling};
+use dormouse_engine::{Engine, Sampling, Speculation};
 use dormouse_kernels::{Cpu, KvDtype};
 use dormouse_kv::{Identity, Limits, PagePool};
 use dormouse_models::Model;
@@ -41,16 +41,18 @@ pub fn open_named(directory: &Path, name: &str, weights: [u8; 32], context: Opti
         kv_dtype: KvDtype::F16,
         weights_hash: weights,
         device_numerics: cpu.numerics(),
+        pack_folders: Vec::new(),
     };
-    let model = Arc::new(Model::load(&model_path(), options).unwrap());
+    let model = Arc::new(Model::load(&model_path(), options, &mut |_, _| {}).unwrap());
     let identity = Identity { fingerprint: model.fingerprint(), tenant_salt: [7; 32] };
     let path = directory.join(format!("{}.pages", weights[0]));
     let file = store.page_file(&path, identity.fingerprint, "default", "{}").unwrap();
     let limits = Limits { quota_bytes: 1 << 30 };
     let (rows, claims) = (store.load_pages(file).unwrap(), store.claims(file).unwrap());
     let (pool, _) = PagePool::open(&path, identity, *model.layout(), limits, rows, claims).unwrap();
+    let durability = dormouse_store::Durability::Process;
     let engine =
-        Engine::start(model, cpu, pool, file, store.clone(), dormouse_store::Durability::Process).unwrap();
+        Engine::start(model, cpu, pool, file, store.clone(), durability, Speculation::Ngram).unwrap();
     Runtime::open(store, vec![engine], RuntimeOptions::default()).unwrap()
 }
 
