@@ -30,8 +30,9 @@ class Cache:
 class Reference:
     """The Llama graph (grouped-query attention, interleaved rotary embedding, gated SiLU feed-forward)."""
 
-    def __init__(self, path: str, dtype=np.float32, kv_float16: bool = True):
-        """`kv_float16`: round keys and values to float16, as the server's pages hold them."""
+    def __init__(self, path: str, dtype=np.float32, kv_float16: bool = True, int8_activations: bool = False):
+        """`kv_float16`: round keys and values to float16, as the server's pages hold them.
+        `int8_activations`: round what quantised weights are multiplied with, as the server does by default."""
         reader = gguf.GGUFReader(path)
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
         family = self.fields["general.architecture"]
@@ -40,7 +41,10 @@ class Reference:
         self.weights = {
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype) for tensor in reader.tensors
         }
-        self.dtype, self.kv_float16 = dtype, kv_float16
+        self.quantised = {
+            tensor.name for tensor in reader.tensors if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        }
+        self.dtype, self.kv_float16, self.int8_activations = dtype, kv_float16, int8_activations
         self.layers = self.fields["llama.block_count"]
         self.heads = self.fields["llama.attention.head_count"]
         self.kv_heads = self.fields["llama.attention.head_count_kv"]
@@ -71,6 +75,17 @@ class Reference:
     def stored(self, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(self.dtype) if self.kv_float16 else x
 
+    def product(self, x: np.ndarray, name: str) -> np.ndarray:
+        """`x · weightᵀ`. Where the weight is quantised, each 32 values of `x` become whole multiples, −127 to 127, of a 127th of
+        the largest of them (halves go to the even neighbour)."""
+        if self.int8_activations and name in self.quantised:
+            blocks = x.astype(np.float32).reshape(-1, 32)
+            largest = np.abs(blocks).max(axis=1, keepdims=True)
+            safe = np.where(largest < 1e-30, np.float32(1), largest)
+            steps = np.where(largest < 1e-30, 0, np.rint(blocks * (np.float32(127) / safe)))
+            x = (steps * (largest / np.float32(127))).reshape(x.shape).astype(self.dtype)
+        return x @ self.weights[name].T
+
     def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, start: int) -> np.ndarray:
         """Causal attention of the tokens from position `start` on: `[tokens, heads, head_dim]`."""
         tokens, group = len(q), self.heads // self.kv_heads
@@ -92,19 +107,20 @@ class Reference:
         x = self.weights["token_embd.weight"][tokens]
         for layer in range(self.layers):
             weight = lambda name: self.weights[f"blk.{layer}.{name}.weight"]  # noqa: E731
+            product = lambda x, name: self.product(x, f"blk.{layer}.{name}.weight")  # noqa: E731
             normed = self.norm(x, weight("attn_norm"))
-            q = (normed @ weight("attn_q").T).reshape(count, self.heads, self.head_dim)
-            k = (normed @ weight("attn_k").T).reshape(count, self.kv_heads, self.head_dim)
-            v = (normed @ weight("attn_v").T).reshape(count, self.kv_heads, self.head_dim)
+            q = product(normed, "attn_q").reshape(count, self.heads, self.head_dim)
+            k = product(normed, "attn_k").reshape(count, self.kv_heads, self.head_dim)
+            v = product(normed, "attn_v").reshape(count, self.kv_heads, self.head_dim)
             cache.k[layer] = np.concatenate([cache.k[layer], self.stored(self.rotate(k, positions))])
             cache.v[layer] = np.concatenate([cache.v[layer], self.stored(v)])
             attended = self.attend(self.rotate(q, positions), cache.k[layer], cache.v[layer], start)
-            x = x + attended.reshape(count, -1) @ weight("attn_output").T
+            x = x + product(attended.reshape(count, -1), "attn_output")
             normed = self.norm(x, weight("ffn_norm"))
-            gate, up = normed @ weight("ffn_gate").T, normed @ weight("ffn_up").T
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ weight("ffn_down").T
-        head = self.weights.get("output.weight", self.weights["token_embd.weight"])
-        return self.norm(x, self.weights["output_norm.weight"]) @ head.T
+            gate, up = product(normed, "ffn_gate"), product(normed, "ffn_up")
+            x = x + product(gate / (1 + np.exp(-gate)) * up, "ffn_down")
+        head = "output.weight" if "output.weight" in self.weights else "token_embd.weight"
+        return self.product(self.norm(x, self.weights["output_norm.weight"]), head)
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         """The greedy continuation of `prompt`, step by step over a cache."""
