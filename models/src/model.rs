@@ -69,18 +69,8 @@ impl Model {
             _ => PackedWeights::open(&source, PackFile { folders, weights_hash, progress })?,
         };
         let decoder = Decoder::new(&source, &packed, config.clone())?;
-        let tokenizer = source.tokenizer()?;
+        let tokenizer = source.tokenizer()?.limited_to(config.vocab)?;
         let template = source.chat_template(&tokenizer)?;
-        if tokenizer.vocab_size() > config.vocab {
-            return Err(ModelError::Malformed {
-                path: path.to_owned(),
-                what: format!(
-                    "the tokenizer has {} tokens, but the embedding only {} rows",
-                    tokenizer.vocab_size(),
-                    config.vocab
-                ),
-            });
-        }
         let layout = decoder.page_layout(options.kv_dtype);
         let numerics = format!("{}-kv_{}", options.device_numerics, options.kv_dtype.name());
         Ok(Model {

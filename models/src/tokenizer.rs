@@ -247,6 +247,22 @@ impl Tokenizer {
         })
     }
 
+    /// The tokenizer of a model whose embedding has `vocab` rows. Special tokens beyond them are forgotten (Gemma 3's
+    /// tokenizer.json has one for images); an ordinary one is an error.
+    pub fn limited_to(mut self, vocab: usize) -> Result<Tokenizer, ModelError> {
+        let count = self.vocab_size();
+        let beyond = self.tokens.kinds.get(vocab..).unwrap_or_default();
+        if beyond.iter().any(|kind| matches!(kind, Kind::Normal | Kind::Byte)) {
+            let what =
+                format!("the tokenizer has {count} tokens, but the model's embedding only {vocab} rows");
+            return Err(ModelError::Tokenizer(what));
+        }
+        self.tokens.ends.truncate(vocab);
+        self.tokens.kinds.truncate(vocab);
+        self.end_of_generation.retain(|id| (*id as usize) < vocab);
+        Ok(self)
+    }
+
     /// The ids of `text`, after the beginning-of-sequence token where `add_bos` asks for it and the model has one.
     ///
     /// A template that renders that token itself wants `add_bos: false` (see [`Tokenizer::adds_bos`]).
@@ -274,7 +290,12 @@ impl Tokenizer {
             })?,
             Encoder::Library(library) => library.encode(text, specials, &mut ids)?,
         }
-        Ok(ids)
+        match ids.iter().find(|id| **id as usize >= self.vocab_size()) {
+            None => Ok(ids),
+            Some(id) => Err(ModelError::Tokenizer(format!(
+                "the text has a special token, number {id}, that the model has no embedding for"
+            ))),
+        }
     }
 
     /// The bytes that a token stands for, which need not be whole UTF-8 characters; None where there is no such token.

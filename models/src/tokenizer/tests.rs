@@ -105,3 +105,20 @@ fn phi_3s_marks_swallow_the_white_space_after_them() {
     finder.split("<s> a<|user|> \n\n b <|user|>\n<|user|>", Specials::Parse, &mut each).unwrap();
     assert_eq!(parts, ["<s>", " a", "<|user|>", "b ", "<|user|>", "<|user|>"]);
 }
+
+#[test]
+fn special_tokens_beyond_the_embedding_are_forgotten_and_ordinary_ones_refused() {
+    let json =
+        TOKENIZER_JSON.replace("\"id\": 1,", "\"id\": 9,").replace("\"<|im_end|>\": 1", "\"<|im_end|>\": 9");
+    let read = || {
+        let config = serde_json::json!({"eos_token": "<|im_end|>"});
+        Tokenizer::from_json(json.as_bytes(), config.as_object().unwrap(), &[]).unwrap()
+    };
+    assert_eq!((read().vocab_size(), read().eog_tokens()), (10, &[9][..]));
+    let limited = read().limited_to(9).unwrap();
+    assert_eq!((limited.vocab_size(), limited.eog_tokens()), (9, &[][..]));
+    assert_eq!(limited.encode("ab", Specials::Parse, false).unwrap(), [5]);
+    let error = limited.encode("ab<|im_end|>", Specials::Parse, false).unwrap_err().to_string();
+    assert!(error.contains("number 9"), "{error}");
+    assert!(read().limited_to(8).err().unwrap().to_string().contains("only 8 rows"));
+}
