@@ -66,8 +66,9 @@ async fn an_interrupted_turn_goes_on_and_says_the_same_as_an_uninterrupted_one()
     let directory = tempfile::tempdir().unwrap();
     let runtime = open(directory.path());
     let session = create(&runtime).await;
-    let mut turn_request = request("Tell me about the sea.", 48);
+    let mut turn_request = request("Tell me about the sea.", 160);
     turn_request.generation.sampling.temperature = 0.9;
+    turn_request.generation.ignore_eos = true;
     let mut stream = runtime.start_turn(&tenant(), &session.id, turn_request).await.unwrap();
     let turn = stream.turn.clone();
     let mut whole = Vec::new();
@@ -78,10 +79,11 @@ async fn an_interrupted_turn_goes_on_and_says_the_same_as_an_uninterrupted_one()
         }
         whole.push(event);
     }
-    assert!(copies.len() >= 3);
+    // The engine does not wait for who takes copies: the last ones may hold the finished turn.
+    let mut unfinished = 0;
     for killed in copies {
         let runtime = open(killed.path());
-        assert_eq!(runtime.recover().await.unwrap(), 1);
+        unfinished += runtime.recover().await.unwrap();
         let attached = runtime.attach(&tenant(), &session.id, &turn, None).await.unwrap();
         let (events, finished) = collect(attached).await;
         assert_eq!(shown(&events), shown(&whole));
@@ -89,6 +91,7 @@ async fn an_interrupted_turn_goes_on_and_says_the_same_as_an_uninterrupted_one()
         assert!(say(&runtime, &session.id, "Go on.", 3).await.usage.completion_tokens > 0);
         runtime.shutdown().await;
     }
+    assert!(unfinished >= 1, "no copy was taken in the middle of the turn");
     runtime.shutdown().await;
 }
 
