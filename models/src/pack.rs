@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use dormouse_kernels::cpu::Pool;
 use dormouse_kernels::{GgmlType, packed};
-use memmap2::{Mmap, MmapMut};
+use memmap2::{Advice, Mmap, MmapMut};
 use rustix::fs::{FallocateFlags, FlockOperation};
 use serde::{Deserialize, Serialize};
 
@@ -234,7 +234,33 @@ fn map_pack(path: &Path, weights_hash: &[u8; 32]) -> Option<PackedWeights> {
     if index.is_none() {
         tracing::warn!(path = %path.display(), "a file of packed weights cannot be used, and is made again");
     }
-    Some(PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map) })
+    let packed = PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map) };
+    read_ahead(&packed.map);
+    Some(packed)
+}
+
+/// Brings a pack into RAM and into the page tables in the background, so that the first answer does not wait for it piece by
+/// piece. One that would take much of the machine's memory is left to be read as it is needed.
+fn read_ahead(map: &Arc<Mmap>) {
+    let system = rustix::system::sysinfo();
+    let memory = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
+    if map.len() as u64 > memory / 4 {
+        return;
+    }
+    let map = map.clone();
+    #[cfg(target_os = "linux")]
+    let advice = Advice::PopulateRead;
+    #[cfg(not(target_os = "linux"))]
+    let advice = Advice::WillNeed;
+    let populate = move || {
+        if let Err(error) = map.advise(advice) {
+            tracing::debug!(%error, "packed weights are read as they are needed");
+        }
+    };
+    // Without a thread for it, they are read as they are needed as well.
+    if let Err(error) = std::thread::Builder::new().name("dormouse-read-ahead".into()).spawn(populate) {
+        tracing::debug!(%error, "packed weights are read as they are needed");
+    }
 }
 
 fn read_index(map: &[u8], weights_hash: &[u8; 32]) -> Option<Index> {
