@@ -28,6 +28,8 @@ const ALIGNMENT: usize = 4096;
 pub struct PackedWeights {
     map: Arc<Mmap>,
     matrices: HashMap<String, Place>,
+    /// The file that is mapped; None: they lie in memory.
+    file: Option<PathBuf>,
 }
 
 /// Where packed weights are kept, and who hears of the work of making them.
@@ -79,7 +81,7 @@ impl PackedWeights {
         let mut map = MmapMut::map_anon(end(&matrices, 0).max(1)).map_err(error)?;
         fill(source, &matrices, &mut map, &mut |_, _| {});
         let map = map.make_read_only().map_err(error)?;
-        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices) })
+        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices), file: None })
     }
 
     /// Maps the pack of `source`, which is made first where there is none that can be used. Where no folder takes it, the
@@ -106,6 +108,11 @@ impl PackedWeights {
         }
         tracing::warn!("no folder takes the packed weights: they are made in memory, at every start");
         PackedWeights::in_memory(source)
+    }
+
+    /// The file that holds them; None where they lie in memory, or there are none.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
     }
 
     /// The matrix to multiply with for a tensor of the source.
@@ -234,7 +241,8 @@ fn map_pack(path: &Path, weights_hash: &[u8; 32]) -> Option<PackedWeights> {
     if index.is_none() {
         tracing::warn!(path = %path.display(), "a file of packed weights cannot be used, and is made again");
     }
-    let packed = PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map) };
+    let packed =
+        PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map), file: Some(path.to_owned()) };
     read_ahead(&packed.map);
     Some(packed)
 }

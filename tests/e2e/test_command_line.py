@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -13,8 +15,8 @@ import pytest
 import harness
 
 COMMANDS = [[], ["serve"], ["chat"], ["run"], ["sessions"], ["sessions", "ls"], ["sessions", "show"], ["sessions", "fork"],
-            ["sessions", "park"], ["sessions", "rm"], ["models"], ["models", "ls"], ["models", "pull"], ["bench"],
-            ["bench", "resume"], ["doctor"]]
+            ["sessions", "park"], ["sessions", "rm"], ["models"], ["models", "ls"], ["models", "pull"],
+            ["models", "inspect"], ["models", "pack"], ["bench"], ["bench", "resume"], ["bench", "perplexity"], ["doctor"]]
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_wrong_flags_and_values_exit_with_2_and_a_hint(dormouse):
     assert "serve" in dormouse("sevre", expect=2).stderr
     for flag, value, hint in [("--port", "x", "invalid"), ("--disk-quota", "lots", "4GiB"), ("--threads", "0", "1.."),
                               ("--durability", "maybe", "power, process, none"), ("--ctx", "0", "1.."),
-                              ("--kv-dtype", "f64", "f16, q8_0")]:
+                              ("--kv-dtype", "f64", "f16, q8_0"), ("--activations", "int4", "int8, int16")]:
         said = dormouse("serve", flag, value, expect=2).stderr
         assert flag in said and value in said and hint in said, said
     assert dormouse(expect=2).stderr
@@ -124,6 +126,33 @@ def test_sessions_are_listed_shown_forked_parked_and_removed(dormouse, server):
 def test_models_are_listed(dormouse):
     assert "smollm2" in dormouse("models", "ls").stdout.lower()
     assert json.loads(dormouse("models", "ls", "--json").stdout)
+
+
+def test_packed_weights_lie_beside_the_model_and_a_pack_that_is_damaged_is_made_again(dormouse, tmp_path):
+    model = tmp_path / "copy.gguf"
+    shutil.copy(harness.MODEL, model)
+    first = json.loads(dormouse("models", "pack", str(model), "--json").stdout)["pack"]
+    assert Path(first).parent == tmp_path and Path(first).name.startswith("copy.gguf.")
+    whole = Path(first).read_bytes()
+    for damage in (lambda file: file.truncate(1 << 20), lambda file: file.write(b"not a pack")):
+        with open(first, "r+b") as file:
+            damage(file)
+        assert dormouse("models", "pack", str(model)).stdout.strip() == first
+        assert Path(first).read_bytes() == whole
+
+
+def test_both_precisions_of_activations_predict_a_text_alike(dormouse, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The dormouse sleeps through the winter, and wakes when the days grow long. " * 12)
+
+    def perplexity(activations):
+        command = ["bench", "perplexity", "--model", str(harness.MODEL), "--text", str(text), "--json"]
+        return json.loads(dormouse(*command, "--activations", activations).stdout)
+
+    int8, int16 = perplexity("int8"), perplexity("int16")
+    assert int8["token_ids"] == int16["token_ids"] and int8["tokens"] > 100
+    assert int8["numerics"] != int16["numerics"]
+    assert abs(int8["perplexity"] / int16["perplexity"] - 1) < 0.05
 
 
 def test_doctor_finds_a_healthy_system_healthy_and_a_damaged_page(start, tmp_path):

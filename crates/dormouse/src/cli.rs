@@ -184,6 +184,8 @@ pub enum ModelsCommand {
     Pull { name: String },
     /// What is in a model: architecture, sizes, types, context, template, KV bytes per token
     Inspect { model: String },
+    /// Pack a model's quantised weights for this program's kernels, which `serve` does by itself when it is needed
+    Pack { model: String },
 }
 
 #[derive(Debug, Subcommand)]

@@ -122,8 +122,13 @@ impl Sampling {
             kept.truncate(self.top_k as usize);
         }
         if self.top_p < 1.0 {
+            let total = kept.iter().map(|(w, _)| w).sum::<f64>();
+            let enough = total * f64::from(self.top_p);
+            // Those below this weight have less than 1 − top_p together, so none of them is needed: most of a vocabulary
+            // is not sorted. Half of it leaves room for rounding.
+            let least = 0.5 * (total - enough) / kept.len() as f64;
+            kept.retain(|(w, _)| *w >= least);
             kept.sort_unstable_by(likelier);
-            let enough = kept.iter().map(|(w, _)| w).sum::<f64>() * f64::from(self.top_p);
             let mut sum = 0.0;
             let count = kept
                 .iter()

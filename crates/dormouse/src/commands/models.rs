@@ -1,17 +1,20 @@
 //! `dormouse models`: what is known, what is here, and what is inside.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use dormouse_kernels::{KvDtype, PageLayout};
-use dormouse_models::ModelSource;
 use dormouse_models::catalog::{self, Resolved};
+use dormouse_models::pack::{PackFile, PackedWeights};
 use dormouse_models::weights::WeightSource;
+use dormouse_models::{ModelSource, hash_weights};
 use serde_json::{Value, json};
 
+use crate::assemble::pack_folders;
 use crate::cli::ModelsCommand;
 use crate::config::Config;
-use crate::output::{outln, print_json, print_table};
+use crate::output::{outln, print_json, print_table, progress_bar};
 use crate::sizes::Bytes;
 use crate::weights;
 
@@ -20,6 +23,7 @@ pub async fn models(config: &Config, command: ModelsCommand, as_json: bool) -> R
         ModelsCommand::Ls => list(config, as_json),
         ModelsCommand::Pull { name } => pull(config, &name, as_json).await,
         ModelsCommand::Inspect { model } => inspect(config, &model, as_json),
+        ModelsCommand::Pack { model } => pack(config, &model, as_json),
     }
 }
 
@@ -70,13 +74,45 @@ async fn pull(config: &Config, name: &str, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-fn inspect(config: &Config, model: &str, as_json: bool) -> Result<()> {
-    let path = match catalog::resolve(model, &config.weights_dir())? {
-        Resolved::File(path) | Resolved::Catalog { path: Some(path), .. } => path,
+/// The file of a model that is here.
+fn file_of(config: &Config, model: &str) -> Result<PathBuf> {
+    match catalog::resolve(model, &config.weights_dir())? {
+        Resolved::File(path) | Resolved::Catalog { path: Some(path), .. } => Ok(path),
         Resolved::Catalog { entry, path: None } => {
             bail!("the weights of '{}' are not here: dormouse models pull {}", entry.name, entry.name)
         }
+    }
+}
+
+fn pack(config: &Config, model: &str, as_json: bool) -> Result<()> {
+    let path = file_of(config, model)?;
+    let source = ModelSource::open(&path)?;
+    let mut bar = None;
+    let file = PackFile {
+        folders: &pack_folders(config, &path),
+        weights_hash: hash_weights(&path)?,
+        progress: &mut |done, total| {
+            bar.get_or_insert_with(|| progress_bar("packing weights", total)).set_position(done);
+        },
     };
+    let packed = PackedWeights::open(&source, file)?;
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    if as_json {
+        return print_json(&json!({ "name": weights::name_of(model), "path": path, "pack": packed.file() }));
+    }
+    match packed.file() {
+        Some(file) => outln!("{}", file.display()),
+        None => {
+            outln!("{}: nothing to pack, or no folder to keep it in (see the warnings above)", path.display())
+        }
+    }
+    Ok(())
+}
+
+fn inspect(config: &Config, model: &str, as_json: bool) -> Result<()> {
+    let path = file_of(config, model)?;
     let source = ModelSource::open(&path)?;
     let description = source.config()?;
     let tokenizer = source.tokenizer().context("the model's tokenizer")?;
