@@ -144,7 +144,7 @@ impl GgmlType {
 
 /// Packs up to sixteen rows of `cols` weights of a quantised type, given as their GGUF bytes, into one tile; the rows that
 /// are missing are zeros.
-pub fn pack_tile(ty: GgmlType, cols: usize, rows: &[u8], tile: &mut [u8]) {
+fn pack_tile(ty: GgmlType, cols: usize, rows: &[u8], tile: &mut [u8]) {
     let Some(form) = Form::of(ty) else { panic!("{} has no packed form", ty.name()) };
     assert_eq!(tile.len(), form.tile_bytes(cols), "a tile of {cols} columns of {}", ty.name());
     assert!(rows.len() <= TILE_ROWS * ty.row_bytes(cols), "a tile has sixteen rows");
