@@ -12,5 +12,5 @@ pub mod quant;
 mod testing;
 
 pub use cpu::{Cpu, Isa, Precision};
-pub use page::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
+pub use page::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 pub use quant::GgmlType;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
+use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
 
 use crate::ModelError;
 use crate::chat_template::ChatTemplate;
@@ -131,7 +131,7 @@ fn fingerprint(weights: &[u8; 32], config: &ModelConfig, numerics: &str) -> [u8;
     let mut hasher = blake3::Hasher::new_derive_key("dormouse model fingerprint v1");
     hasher.update(weights);
     // `Debug` of the description is stable within a build; a change of it only costs a recomputation.
-    for part in [format!("{config:?}"), numerics.to_owned(), format!("page {PAGE_TOKENS}")] {
+    for part in [format!("{config:?}"), numerics.to_owned(), format!("page {PAGE_TOKENS} keys {KEY_GROUP}")] {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part.as_bytes());
     }

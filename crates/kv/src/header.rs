@@ -7,7 +7,7 @@ use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout};
 use crate::{Identity, KvError};
 
 pub(crate) const HEADER_BYTES: usize = 4096;
-pub(crate) const FORMAT_VERSION: u32 = 1;
+pub(crate) const FORMAT_VERSION: u32 = 2;
 /// Slots begin and end on multiples of this, so that one page of memory never holds parts of two of them.
 const SLOT_ALIGNMENT: usize = 4096;
 /// Space is reserved in steps of about this much: few mappings, and little of the disk taken before it is needed.
@@ -131,8 +131,11 @@ mod tests {
             header().check(&bytes, path).unwrap_err()
         };
         assert!(matches!(changed(|b| b[0] = 0), KvError::NotAPageFile { .. }));
-        assert!(matches!(changed(|b| b[8] = 0), KvError::Version { found: 0, supported: 1, .. }));
-        assert!(matches!(changed(|b| b[8] = 2), KvError::Version { found: 2, .. }));
+        assert!(matches!(
+            changed(|b| b[8] = 0),
+            KvError::Version { found: 0, supported: FORMAT_VERSION, .. }
+        ));
+        assert!(matches!(changed(|b| b[8] = 3), KvError::Version { found: 3, .. }));
         assert!(matches!(changed(|b| b[3000] ^= 1), KvError::HeaderChecksum { .. }));
         for (offset, expected) in [(16, "model"), (48, "tenant"), (88, "layout")] {
             let mut bytes = header().encode();

@@ -6,7 +6,7 @@
 //! a prompt into chunks, nor the number of threads can change a bit, and all tiers that fuse multiply-adds give the same.
 //!
 //! The queries of a [`Tile`], consecutive rows times the heads that share a KV head, go through a page together. Keys
-//! are turned so that lanes are positions, which makes of both halves one register-blocked product.
+//! are stored turned, so that lanes are positions, which makes of both halves one register-blocked product.
 
 mod page_rows;
 mod product;
@@ -23,7 +23,7 @@ use super::Cpu;
 use super::disjoint::Disjoint;
 use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen, sixteen_mut};
-use crate::page::{PAGE_TOKENS, PageLayout, PagePtr};
+use crate::page::{KEY_GROUP, PAGE_TOKENS, PageLayout, PagePtr};
 use page_rows::{Keys, PageRows, Values};
 use product::{Left, multiply};
 use softmax::{Partial, softmax};
@@ -31,7 +31,7 @@ pub use store::store_kv;
 
 /// Positions of one segment: a multiple of the page. Segments of one query may be computed by different threads.
 const SEGMENT: usize = 4 * PAGE_TOKENS;
-/// Queries (rows times heads) of a tile: enough that turning and widening a page is a few per cent of the work, few
+/// Queries (rows times heads) of a tile: enough that widening a page is a few per cent of the work, few
 /// enough that their scores of a segment stay in the second-level cache (128 KiB).
 const TILE_STATES: usize = 120;
 /// Register blocks of queries that widen keys and values as they multiply them, rather than once for all. More would
@@ -255,14 +255,15 @@ fn run_task<L: Lanes>(call: &Call<'_>, tile: &Tile, task: &Task, work: &mut Work
     let mut own = std::mem::take(&mut work.partial);
     own.resize(partial_len.max(own.len()), 0.0);
     for (index, segment) in task.segments.clone().enumerate() {
+        let last = segment + 1 == task.segments.end;
         let at = if task.whole { task.partial } else { task.partial + index * partial_len };
         let result = call.partials.part(at..at + partial_len);
         if task.whole && index > 0 {
             let mut next = Partial::over(&mut own[..partial_len], states);
-            run_segment::<L>(call, tile, segment, work, &mut next);
+            run_segment::<L>(call, tile, segment, last, work, &mut next);
             Partial::over(result, states).merge::<L>(&next, stride);
         } else {
-            run_segment::<L>(call, tile, segment, work, &mut Partial::over(result, states));
+            run_segment::<L>(call, tile, segment, last, work, &mut Partial::over(result, states));
         }
     }
     work.partial = own;
@@ -279,12 +280,13 @@ fn load_queries(call: &Call<'_>, tile: &Tile, queries: &mut Vec<f32>) {
     }
 }
 
-/// One segment's softmax and weighted values, of every query of the tile.
+/// One segment's softmax and weighted values, of every query of the tile; `last` of its task.
 #[inline(always)]
 fn run_segment<L: Lanes>(
     call: &Call<'_>,
     tile: &Tile,
     segment: usize,
+    last: bool,
     work: &mut Workspace,
     result: &mut Partial<'_>,
 ) {
@@ -299,15 +301,12 @@ fn run_segment<L: Lanes>(
     let table = call.sequences[tile.sequence].pages;
     let (k_offset, v_offset) =
         (layout.k_offset(attention.layer, tile.kv_head), layout.v_offset(attention.layer, tile.kv_head));
-    // A run is too short for the processor to foresee the next, so that is asked for while this one is computed with.
-    let run = |page: usize, offset: usize, next: (usize, usize)| {
-        let bytes = |page: usize| PAGE_TOKENS.min(tile.last() + 1 - page * PAGE_TOKENS) * layout.row_bytes();
-        let (next_page, next_offset) = next;
-        if next_page < pages.end {
-            table[next_page].prefetch(layout, next_offset, bytes(next_page));
-        }
-        table[page].bytes(layout, offset, bytes(page))
-    };
+    // What is held of a page's keys, whole groups, and of its values.
+    let held = |page: usize| PAGE_TOKENS.min(tile.last() + 1 - page * PAGE_TOKENS);
+    let row_bytes = layout.row_bytes();
+    let keys_of =
+        |page: usize| table[page].bytes(layout, k_offset, held(page).next_multiple_of(KEY_GROUP) * row_bytes);
+    let values_of = |page: usize| table[page].bytes(layout, v_offset, held(page) * row_bytes);
 
     // Scores: queries times keys.
     let queries = Left { values: &work.queries, stride: head_dim };
@@ -315,19 +314,18 @@ fn run_segment<L: Lanes>(
         let positions = page * PAGE_TOKENS..(page + 1) * PAGE_TOKENS;
         let rows = tile.rows_that_see(attention, positions);
         let states = rows.start * group..rows.end * group;
-        let next = if page + 1 < pages.end { (page + 1, k_offset) } else { (pages.start, v_offset) };
-        let run = run(page, k_offset, next);
-        let keys = work.page.keys::<L>(layout, run, few);
+        let ahead = if page + 1 < pages.end { keys_of(page + 1) } else { values_of(pages.start) };
+        let keys = work.page.keys::<L>(layout, keys_of(page), few);
         let scores = &mut work.scores[page * PAGE_TOKENS - first..];
         macro_rules! scores {
             ($keys:expr) => {
-                multiply::<L, _>(&queries, states, 0, $keys, 0..head_dim, scores, SCORES_STRIDE, true)
+                multiply::<L, _>(&queries, states, 0, $keys, 0..head_dim, scores, SCORES_STRIDE, true, ahead)
             };
         }
         match &keys {
             Keys::Singles(keys) => scores!(keys),
             Keys::Halves(keys) => scores!(keys),
-            Keys::Quants(keys) => scores!(keys),
+            Keys::Blocks(keys) => scores!(keys),
         }
     }
 
@@ -356,7 +354,11 @@ fn run_segment<L: Lanes>(
         let from = attention.first_position(tile.start + rows.start).saturating_sub(at);
         let to = (tile.start + rows.end - at).min(PAGE_TOKENS);
         let states = rows.start * group..rows.end * group;
-        let run = run(page, v_offset, (page + 1, v_offset));
+        let ahead = match page + 1 < pages.end {
+            true => values_of(page + 1),
+            false if last => &[],
+            false => keys_of(page + 1),
+        };
         macro_rules! results {
             ($values:expr) => {
                 multiply::<L, _>(
@@ -368,10 +370,11 @@ fn run_segment<L: Lanes>(
                     result.values,
                     stride,
                     false,
+                    ahead,
                 )
             };
         }
-        match &work.page.values::<L>(layout, run, few) {
+        match &work.page.values::<L>(layout, values_of(page), few) {
             Values::Singles(values) => results!(values),
             Values::Halves(values) => results!(values),
             Values::Blocks(values) => results!(values),

@@ -41,8 +41,6 @@ pub trait Lanes: Copy {
     fn load_bf16(from: &[u16; LANES]) -> Self;
     fn load_u8(from: &[u8; LANES]) -> Self;
     fn load_i8(from: &[u8; LANES]) -> Self;
-    /// Transposes sixteen rows of sixteen 16-bit values: `to[i · to_stride + j] = from[j · from_stride + i]`.
-    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize);
     /// `self · 2^n` for integral `n` in −126..=127.
     fn times_power_of_two(self, n: Self) -> Self;
 
@@ -178,14 +176,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn store_f16(self, to: &mut [u16; LANES]) {
         *to = self.0.map(|value| f16::from_f32(value).to_bits());
-    }
-    #[inline(always)]
-    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize) {
-        for i in 0..LANES {
-            for j in 0..LANES {
-                to[i * to_stride + j] = from[j * from_stride + i];
-            }
-        }
     }
     #[inline(always)]
     fn load_u8(from: &[u8; LANES]) -> Self {

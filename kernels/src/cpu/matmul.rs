@@ -205,7 +205,7 @@ fn packed_tiles<D: Dots, const P: usize>(
                         for t in 0..$t {
                             rows_of[t] = &x[(token + t) * blocks..][..blocks];
                         }
-                        let sums = tile_product::<D, P, $t>(form, bytes, &rows_of);
+                        let sums = tile_product::<D, P, $t>(form, bytes, &rows_of, token == 0);
                         for t in 0..$t {
                             let mut values = [0.0; LANES];
                             sums[t].store(&mut values);

@@ -17,6 +17,7 @@ mod lanes;
 pub mod matmul;
 pub mod norm;
 mod pool;
+mod prefetch;
 pub mod rope;
 mod rows;
 mod tiles;

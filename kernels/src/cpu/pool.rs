@@ -4,8 +4,9 @@
 //! region does, so threads stay awake through a step and sleep only when the engine is idle.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::thread::{self, JoinHandle, Thread};
 
 /// Rounds of `spin_loop` before a waiting thread parks: some tens of microseconds.
@@ -13,18 +14,26 @@ const SPIN_ROUNDS: u32 = 20_000;
 
 type Task = dyn Fn(usize) + Sync;
 
-/// The next free task and the number of tasks of the open region, in one word, so that taking a task and knowing
-/// that it exists are one atomic step. Bits 0..32 count taken tasks, bits 32..64 hold the region's number of tasks.
-struct State(AtomicU64);
+/// What a thread shares with the others, on cache lines of its own (processors fetch them in pairs).
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    /// The tasks of the open region that are first this thread's to take: bits 0..32 hold the next one, bits 32..64 their
+    /// end. One word, so that taking a task and knowing that it exists are one atomic step.
+    tasks: AtomicU64,
+    /// Tasks that this thread has ever done. Only it writes here.
+    done: AtomicU64,
+    parked: AtomicBool,
+}
 
-impl State {
-    fn open(&self, tasks: usize) {
-        self.0.store((tasks as u64) << 32, Ordering::SeqCst);
+impl Share {
+    fn open(&self, tasks: Range<usize>) {
+        self.tasks.store((tasks.end as u64) << 32 | tasks.start as u64, Ordering::SeqCst);
     }
 
     fn has_task(&self) -> bool {
-        let state = self.0.load(Ordering::SeqCst);
-        (state & u64::from(u32::MAX)) < state >> 32
+        let tasks = self.tasks.load(Ordering::SeqCst);
+        (tasks & u64::from(u32::MAX)) < tasks >> 32
     }
 
     /// A task of the region that is open now. The region stays open until the task is reported done.
@@ -32,18 +41,17 @@ impl State {
         if !self.has_task() {
             return None;
         }
-        let state = self.0.fetch_add(1, Ordering::AcqRel);
-        let index = state & u64::from(u32::MAX);
-        (index < state >> 32).then_some(index as usize)
+        let tasks = self.tasks.fetch_add(1, Ordering::AcqRel);
+        let next = tasks & u64::from(u32::MAX);
+        (next < tasks >> 32).then_some(next as usize)
     }
 }
 
 struct Shared {
-    state: State,
-    done: AtomicUsize,
+    /// One of each thread, the caller of `run` last.
+    shares: Vec<Share>,
     /// The open region's body. Written while no region is open, read only by holders of one of its tasks.
     body: UnsafeCell<Option<*const Task>>,
-    parked: Vec<AtomicBool>,
     stop: AtomicBool,
     panicked: AtomicBool,
 }
@@ -54,23 +62,33 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
-    /// Runs tasks of the open region until none is left to take.
-    fn work(&self) {
-        while let Some(task) = self.state.take() {
-            // SAFETY: holding a task of the open region, so `run` has published `body` before opening it (Release by
-            // the SeqCst store, Acquire by `take`) and does not return before `done` counts this task.
-            let body = unsafe { &*(*self.body.get()).expect("an open region has a body") };
-            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(task))).is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
+    /// Runs tasks of the open region until none is left to take: a thread's own, then the others'.
+    fn work(&self, own: usize) {
+        let threads = self.shares.len();
+        for victim in (0..threads).map(|step| &self.shares[(own + step) % threads]) {
+            while let Some(task) = victim.take() {
+                // SAFETY: holding a task of the open region, so `run` has published `body` before opening it (Release by
+                // the SeqCst store, Acquire by `take`) and does not return before this task is counted as done.
+                let body = unsafe { &*(*self.body.get()).expect("an open region has a body") };
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(task))).is_err() {
+                    self.panicked.store(true, Ordering::Relaxed);
+                }
+                let done = &self.shares[own].done;
+                done.store(done.load(Ordering::Relaxed) + 1, Ordering::Release);
             }
-            self.done.fetch_add(1, Ordering::Release);
         }
     }
 
+    /// Tasks that all threads have ever done.
+    fn done(&self) -> u64 {
+        self.shares.iter().map(|share| share.done.load(Ordering::Acquire)).sum()
+    }
+
     fn worker(&self, index: usize) {
+        let own = &self.shares[index];
         loop {
             let mut spins = 0;
-            while !self.state.has_task() {
+            while !own.has_task() {
                 if self.stop.load(Ordering::Relaxed) {
                     return;
                 }
@@ -79,16 +97,16 @@ impl Shared {
                     std::hint::spin_loop();
                     continue;
                 }
-                self.parked[index].store(true, Ordering::SeqCst);
+                own.parked.store(true, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
                 // `run` opens the region, then looks at `parked`; here it is the other way round: one of both sees.
-                if !self.state.has_task() && !self.stop.load(Ordering::SeqCst) {
+                if !own.has_task() && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
-                self.parked[index].store(false, Ordering::SeqCst);
+                own.parked.store(false, Ordering::SeqCst);
                 spins = 0;
             }
-            self.work();
+            self.work(index);
         }
     }
 }
@@ -106,15 +124,13 @@ impl Pool {
     pub fn new(threads: usize) -> Pool {
         let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            state: State(AtomicU64::new(0)),
-            done: AtomicUsize::new(0),
+            shares: (0..=workers).map(|_| Share::default()).collect(),
             body: UnsafeCell::new(None),
-            parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
         });
         let handles: Vec<JoinHandle<()>> = (0..workers)
-            .filter_map(|index| {
+            .map_while(|index| {
                 let shared = Arc::clone(&shared);
                 // A machine that refuses another thread computes with the ones it gave.
                 thread::Builder::new()
@@ -132,8 +148,9 @@ impl Pool {
         self.threads.len() + 1
     }
 
-    /// Runs `body(0)` … `body(tasks - 1)` on all threads and returns when all are done. Which thread runs which task
-    /// is left open: bodies must not depend on it.
+    /// Runs `body(0)` … `body(tasks - 1)` on all threads and returns when all are done. Each thread begins with a run of
+    /// neighbours of its own, and takes from the others' when it has done those. Which thread runs which task is left open:
+    /// bodies must not depend on it.
     pub fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         assert!(tasks <= u32::MAX as usize / 2, "too many tasks in one region");
         if tasks <= 1 || self.threads.is_empty() {
@@ -147,16 +164,18 @@ impl Pool {
             *shared.body.get() =
                 Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Task>(body))
         };
-        shared.done.store(0, Ordering::Relaxed);
-        shared.state.open(tasks);
+        let (caller, done) = (self.threads.len(), shared.done() + tasks as u64);
+        for (thread, share) in shared.shares.iter().enumerate() {
+            share.open(thread * tasks / (caller + 1)..(thread + 1) * tasks / (caller + 1));
+        }
         fence(Ordering::SeqCst);
-        for (parked, thread) in shared.parked.iter().zip(&self.threads) {
-            if parked.swap(false, Ordering::SeqCst) {
+        for (share, thread) in shared.shares.iter().zip(&self.threads) {
+            if share.parked.load(Ordering::SeqCst) && share.parked.swap(false, Ordering::SeqCst) {
                 thread.unpark();
             }
         }
-        shared.work();
-        while shared.done.load(Ordering::Acquire) < tasks {
+        shared.work(caller);
+        while shared.done() < done {
             std::hint::spin_loop();
         }
         self.running.store(false, Ordering::Release);
@@ -178,6 +197,8 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_task_of_every_region_runs_exactly_once() {

@@ -14,9 +14,14 @@
 use super::activations::Block;
 use super::dots::Dots;
 use super::lanes::{LANES, Lanes, sixteen};
+use super::prefetch::prefetch;
 use crate::packed::{BLOCK, Form, Scales, main_bits};
 
-/// The products of a tile's sixteen rows with `T` tokens, given as their blocks.
+/// How far before the codes that are multiplied memory is asked for more: what comes in while a core computes with two pages.
+const AHEAD: usize = 8 << 10;
+
+/// The products of a tile's sixteen rows with `T` tokens, given as their blocks. Where the tile is `fresh` from memory, that
+/// which follows it is asked for on the way.
 ///
 /// `form` is a constant at every call: the body is compiled once for each type.
 #[inline(always)]
@@ -24,12 +29,16 @@ pub fn tile_product<D: Dots, const P: usize, const T: usize>(
     form: Form,
     tile: &[u8],
     tokens: &[&[Block<P>]; T],
+    fresh: bool,
 ) -> [D::F; T] {
     let blocks = tokens[0].len();
     let (scales, codes) = tile.split_at(form.codes_offset(blocks * BLOCK));
     let offset = D::F::splat(-(form.offset as f32));
     let mut sums = [D::F::zero(); T];
     for (block, lines) in codes.chunks_exact(form.code_bytes()).enumerate() {
+        if fresh {
+            prefetch(lines.as_ptr().wrapping_add(AHEAD), lines.len());
+        }
         let codes = unpack::<D>(form, lines);
         for group in 0..form.groups {
             let (scale, minimum) = scales_of::<D>(form, scales, block, group);

@@ -58,7 +58,10 @@ fn one_flipped_bit_costs_its_page_and_those_after_it_and_nothing_else() {
 #[test]
 fn a_flipped_bit_in_the_unused_rows_of_an_open_page_harms_nothing() {
     let (rig, log, slots) = written(70);
-    change(&rig, HEADER_BYTES + u64::from(slots[1]) * 8192 + 6 * 32, |byte| byte ^ 1);
+    let unused = super::row(6, 0).chain(super::row(6, 1));
+    for at in unused {
+        change(&rig, HEADER_BYTES + u64::from(slots[1]) * 8192 + at as u64, |byte| byte ^ 1);
+    }
     assert_eq!(attach(&mut rig.open(), &log).restored, 70);
 }
 
@@ -85,7 +88,7 @@ fn unusable_files_are_named_and_set_aside_and_a_fresh_one_takes_their_place() {
     type Expected = fn(&KvError) -> bool;
     let faults: [(&str, u64, u8, Expected); 3] = [
         ("another magic", 0, 0, |error| matches!(error, KvError::NotAPageFile { .. })),
-        ("an older version", 8, 0, |error| matches!(error, KvError::Version { found: 0, supported: 1, .. })),
+        ("an older version", 8, 0, |error| matches!(error, KvError::Version { found: 0, supported: 2, .. })),
         ("a flipped header bit", 200, 1, |error| matches!(error, KvError::HeaderChecksum { .. })),
     ];
     for (name, offset, value, expected) in faults {

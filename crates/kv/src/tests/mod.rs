@@ -7,7 +7,7 @@ mod scenarios;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use dormouse_kernels::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
+use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
 use dormouse_store::PageRow;
 use tempfile::TempDir;
 
@@ -111,8 +111,8 @@ impl Rig {
 }
 
 /// The KV row that position `tokens.len() - 1` after these tokens must have in `run`, one word of it.
-fn word(prefix: u64, run: usize) -> u64 {
-    prefix.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ (run as u64 + 1)
+fn word(prefix: u64, run: usize) -> [u8; 8] {
+    (prefix.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ (run as u64 + 1)).to_le_bytes()
 }
 
 /// A hash of every prefix of `tokens`, as KV depends on it.
@@ -123,10 +123,17 @@ fn prefixes(tokens: &[u32]) -> impl Iterator<Item = u64> {
     })
 }
 
-/// The address of a position's row in `run`.
-fn row(pages: &[PagePtr], position: usize, run: usize) -> *mut u64 {
-    let offset = run * LAYOUT.head_bytes() + position % PAGE_TOKENS * LAYOUT.row_bytes();
-    pages[position / PAGE_TOKENS].as_ptr().wrapping_add(offset).cast()
+/// Where a page has the bytes of one of its positions in `run`, in the order of its row.
+fn row(position: usize, run: usize) -> impl Iterator<Item = usize> {
+    let (start, bytes) = (run * LAYOUT.head_bytes(), LAYOUT.row_bytes());
+    let (group, lane) = (position / KEY_GROUP, position % KEY_GROUP);
+    let turned = LAYOUT.key_parts().flat_map(move |(offset, part)| {
+        let at = start + group * KEY_GROUP * bytes + offset + lane * part;
+        at..at + part
+    });
+    let plain = start + position * bytes..start + (position + 1) * bytes;
+    let is_keys = run / LAYOUT.kv_heads % 2 == 0;
+    turned.filter(move |_| is_keys).chain(plain.filter(move |_| !is_keys))
 }
 
 /// What the forward pass does: reserves, writes and advances until the table holds the KV of `tokens`.
@@ -137,9 +144,10 @@ fn compute(pool: &mut PagePool, table: &mut BlockTable, tokens: &[u32]) -> Resul
     pool.page_ptrs(table, &mut pages);
     for (position, prefix) in prefixes(tokens).enumerate().skip(start) {
         for run in 0..LAYOUT.runs() {
-            for lane in 0..LAYOUT.row_bytes() / 8 {
+            let page = pages[position / PAGE_TOKENS].as_ptr();
+            for (at, byte) in row(position % PAGE_TOKENS, run).zip(word(prefix, run).into_iter().cycle()) {
                 // SAFETY: the position is reserved for this table, so its rows are mapped and nobody else's.
-                unsafe { row(&pages, position, run).add(lane).write(word(prefix, run)) };
+                unsafe { page.add(at).write(byte) };
             }
         }
     }
@@ -154,10 +162,11 @@ fn check(pool: &PagePool, table: &BlockTable, tokens: &[u32]) {
     pool.page_ptrs(table, &mut pages);
     for (position, prefix) in prefixes(&tokens[..table.len()]).enumerate() {
         for run in 0..LAYOUT.runs() {
-            for lane in 0..LAYOUT.row_bytes() / 8 {
+            let page = pages[position / PAGE_TOKENS].as_ptr();
+            for (at, byte) in row(position % PAGE_TOKENS, run).zip(word(prefix, run).into_iter().cycle()) {
                 // SAFETY: the position is held by the table's pages, which are mapped and immutable.
-                let found = unsafe { row(&pages, position, run).add(lane).read() };
-                assert_eq!(found, word(prefix, run), "position {position} run {run} of {:?}", table.nodes);
+                let found = unsafe { page.add(at).read() };
+                assert_eq!(found, byte, "position {position} run {run} of {:?}", table.nodes);
             }
         }
     }

@@ -266,16 +266,18 @@ impl World {
 
     /// What a power cut may do to bytes that were never synced.
     fn scramble_what_nobody_names(&self) {
-        let file = OpenOptions::new().write(true).open(self.rig.path()).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(self.rig.path()).unwrap();
         let slots = (file.metadata().unwrap().len() - 4096) / 8192;
         for slot in 0..slots {
             let start = 4096 + slot * 8192;
             let used = self.rig.catalog.rows.get(&(slot as u32)).map_or(0, |row| row.tokens.len());
-            for run in 0..LAYOUT.runs() {
-                let garbage = vec![0xa5; (PAGE_TOKENS - used) * LAYOUT.row_bytes()];
-                let offset = run * LAYOUT.head_bytes() + used * LAYOUT.row_bytes();
-                file.write_all_at(&garbage, start + offset as u64).unwrap();
+            let mut page = vec![0; LAYOUT.page_bytes()];
+            file.read_exact_at(&mut page, start).unwrap();
+            let mut garbage = vec![0xa5; LAYOUT.page_bytes()];
+            for held in LAYOUT.held(used) {
+                garbage[held.clone()].copy_from_slice(&page[held]);
             }
+            file.write_all_at(&garbage, start).unwrap();
         }
     }
 

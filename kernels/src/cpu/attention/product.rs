@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use super::super::lanes::{LANES, Lanes, sixteen};
+use super::super::prefetch::prefetch;
+use crate::page::{KEY_BLOCK_BYTES, KEY_GROUP};
 
 /// A right-hand side: rows of whole vectors of lanes.
 pub trait Rows {
@@ -14,77 +16,91 @@ pub trait Rows {
     unsafe fn vector<L: Lanes>(&self, row: usize, vector: usize) -> L;
 }
 
-/// Rows of single precision.
-pub struct Singles<'a> {
-    pub values: &'a [f32],
-    pub stride: usize,
-    /// Of a row: as many as are wanted, at most those of the stride.
-    pub vectors: usize,
+/// Rows of numbers, `strides.0` from one row to the next and `strides.1` from one vector of a row to the next.
+pub struct Strided<'a, T> {
+    values: &'a [T],
+    strides: (usize, usize),
+    shape: (usize, usize),
 }
 
-/// Rows of half precision, widened as they are read.
-pub struct Halves<'a> {
-    pub values: &'a [u16],
-    pub stride: usize,
-    /// Of a row: as many as are wanted, at most those of the stride.
-    pub vectors: usize,
+impl<'a, T> Strided<'a, T> {
+    pub fn new(values: &'a [T], shape: (usize, usize), strides: (usize, usize)) -> Strided<'a, T> {
+        let (rows, vectors) = shape;
+        let last = rows.saturating_sub(1) * strides.0 + vectors.saturating_sub(1) * strides.1;
+        assert!(rows * vectors == 0 || last + LANES <= values.len(), "{shape:?} lie inside");
+        Strided { values, strides, shape }
+    }
+
+    /// # Safety
+    /// `row` and `vector` lie inside the shape.
+    #[inline(always)]
+    unsafe fn sixteen(&self, row: usize, vector: usize) -> &'a [T; LANES] {
+        // SAFETY: `new` has checked the last one of the shape.
+        unsafe { &*self.values.as_ptr().add(row * self.strides.0 + vector * self.strides.1).cast() }
+    }
 }
 
-impl Rows for Singles<'_> {
+impl Rows for Strided<'_, f32> {
     #[inline(always)]
     fn shape(&self) -> (usize, usize) {
-        (self.values.len() / self.stride, self.vectors.min(self.stride / LANES))
+        self.shape
     }
 
     #[inline(always)]
     unsafe fn vector<L: Lanes>(&self, row: usize, vector: usize) -> L {
-        // SAFETY: inside `shape`, hence inside the slice.
-        L::load(unsafe { &*self.values.as_ptr().add(row * self.stride + vector * LANES).cast() })
+        // SAFETY: the caller's promise.
+        L::load(unsafe { self.sixteen(row, vector) })
     }
 }
 
-impl Rows for Halves<'_> {
+/// Half precision, widened as it is read.
+impl Rows for Strided<'_, u16> {
     #[inline(always)]
     fn shape(&self) -> (usize, usize) {
-        (self.values.len() / self.stride, self.vectors.min(self.stride / LANES))
+        self.shape
     }
 
     #[inline(always)]
     unsafe fn vector<L: Lanes>(&self, row: usize, vector: usize) -> L {
-        // SAFETY: inside `shape`, hence inside the slice.
-        L::load_f16(unsafe { &*self.values.as_ptr().add(row * self.stride + vector * LANES).cast() })
+        // SAFETY: the caller's promise.
+        L::load_f16(unsafe { self.sixteen(row, vector) })
     }
 }
 
-/// Rows of quants in half precision, a scale for each vector of 32 rows.
-pub struct TurnedQuants<'a> {
-    pub values: &'a [u16],
-    /// `[rows / 32, stride]`
-    pub scales: &'a [f32],
-    /// A multiple of [`LANES`].
-    pub stride: usize,
-    /// Of a row: as many as are wanted, at most those of the stride.
-    pub vectors: usize,
+/// Turned groups of Q8_0 keys, as a page holds them: a vector for each group, a row for each value of the head.
+pub struct KeyBlocks<'a> {
+    bytes: &'a [u8],
+    head_dim: usize,
+    group_bytes: usize,
 }
 
-impl Rows for TurnedQuants<'_> {
+impl<'a> KeyBlocks<'a> {
+    /// Whole groups, at an even address.
+    pub fn new(bytes: &'a [u8], head_dim: usize) -> KeyBlocks<'a> {
+        assert!(bytes.as_ptr().cast::<u16>().is_aligned());
+        KeyBlocks { bytes, head_dim, group_bytes: head_dim.div_ceil(32) * KEY_BLOCK_BYTES }
+    }
+}
+
+impl Rows for KeyBlocks<'_> {
     #[inline(always)]
     fn shape(&self) -> (usize, usize) {
-        let rows = (self.values.len() / self.stride).min(self.scales.len() / self.stride * 32);
-        (rows, self.vectors.min(self.stride / LANES))
+        (self.head_dim, self.bytes.len() / self.group_bytes)
     }
 
     #[inline(always)]
     unsafe fn vector<L: Lanes>(&self, row: usize, vector: usize) -> L {
-        let (at, scale) = (row * self.stride + vector * LANES, row / 32 * self.stride + vector * LANES);
-        // SAFETY: inside `shape`, hence inside both slices.
-        let (quants, scales) =
-            unsafe { (&*self.values.as_ptr().add(at).cast(), &*self.scales.as_ptr().add(scale).cast()) };
-        L::load_f16(quants).mul(L::load(scales))
+        let block = vector * self.group_bytes + row / 32 * KEY_BLOCK_BYTES;
+        // SAFETY: inside `shape`, hence inside the bytes; groups and blocks have even sizes, so the scales are aligned.
+        let (scales, quants) = unsafe {
+            let block = self.bytes.as_ptr().add(block);
+            (&*block.cast(), &*block.add((row % 32 + 2) * KEY_GROUP).cast())
+        };
+        L::load_i8(quants).mul(L::load_f16(scales))
     }
 }
 
-/// Rows of Q8_0 blocks.
+/// Rows of Q8_0 blocks, as a page holds values.
 pub struct Blocks<'a> {
     pub blocks: &'a [[u8; 34]],
     /// Blocks of a row.
@@ -116,7 +132,7 @@ pub struct Left<'a> {
 
 /// `c[i] = c₀[i] + Σ a[i][at + r] · b[r]` for rows `i` of `states` and `r` over `depth`, ascending: one chain of
 /// multiply-adds for each value of `c`, whatever the blocking. `c₀` is what `c` holds, or zero where it is `fresh`. Rows
-/// of `c` are `c_stride` apart.
+/// of `c` are `c_stride` apart. Meanwhile the processor is asked for `ahead`, which will be read next.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // They are the formula's.
 pub fn multiply<L: Lanes, B: Rows>(
@@ -128,6 +144,7 @@ pub fn multiply<L: Lanes, B: Rows>(
     c: &mut [f32],
     c_stride: usize,
     fresh: bool,
+    ahead: &[u8],
 ) {
     let (rows, vectors) = b.shape();
     // Checked once for all the unchecked reads and writes of the blocks.
@@ -140,7 +157,9 @@ pub fn multiply<L: Lanes, B: Rows>(
         let mut vector = 0;
         while vector < vectors {
             let left = vectors - vector;
-            let block = Block { state, at, vector, depth: depth.clone(), fresh };
+            let first = state == states.start && vector == 0;
+            let ahead = if first { ahead } else { &[] };
+            let block = Block { state, at, vector, depth: depth.clone(), fresh, ahead };
             vector += if L::VECTORS >= 4 && left >= 4 {
                 block.of::<L, B, 4>(queries, a, b, c, c_stride)
             } else if L::VECTORS >= 2 && left >= 2 {
@@ -154,15 +173,16 @@ pub fn multiply<L: Lanes, B: Rows>(
 }
 
 /// Where a register block lies: first row of `a` and `c`, first column of `a`, first vector of `b` and `c`.
-struct Block {
+struct Block<'a> {
     state: usize,
     at: usize,
     vector: usize,
     depth: Range<usize>,
     fresh: bool,
+    ahead: &'a [u8],
 }
 
-impl Block {
+impl Block<'_> {
     /// Picks the body for the number of queries; returns `N`.
     #[inline(always)]
     fn of<L: Lanes, B: Rows, const N: usize>(
@@ -206,7 +226,11 @@ impl Block {
                     sums[q][n] = L::load(&*c_rows.add(q * c_stride + n * LANES).cast());
                 }
             }
+            let ahead_a_row = self.ahead.len().div_ceil(64 * self.depth.len().max(1)) * 64;
+            let mut ahead = self.ahead.as_ptr();
             for r in self.depth.clone() {
+                prefetch(ahead, ahead_a_row);
+                ahead = ahead.wrapping_add(ahead_a_row);
                 let mut right = [L::zero(); N];
                 for n in 0..N {
                     right[n] = b.vector(r, self.vector + n);

@@ -53,14 +53,19 @@ fn store_row<L: Lanes>(
     let mut bytes = [0u8; LARGEST_ROW];
     let bytes = &mut bytes[..layout.row_bytes()];
     for head in 0..layout.kv_heads {
-        for (values, run) in [(k, layout.k_offset(layer, head)), (v, layout.v_offset(layer, head))] {
-            let values = &values[head * layout.head_dim..][..layout.head_dim];
-            match layout.dtype {
-                KvDtype::F16 => encode_f16::<L>(values, bytes),
-                KvDtype::Q8_0 => encode_q8_0(values, bytes),
-            }
-            page.write(layout, run + position % PAGE_TOKENS * bytes.len(), bytes);
-        }
+        let row = head * layout.head_dim..(head + 1) * layout.head_dim;
+        encode::<L>(layout.dtype, &k[row.clone()], bytes);
+        page.write_key(layout, layout.k_offset(layer, head), position % PAGE_TOKENS, bytes);
+        encode::<L>(layout.dtype, &v[row], bytes);
+        page.write(layout, layout.v_offset(layer, head) + position % PAGE_TOKENS * bytes.len(), bytes);
+    }
+}
+
+#[inline(always)]
+fn encode<L: Lanes>(dtype: KvDtype, values: &[f32], bytes: &mut [u8]) {
+    match dtype {
+        KvDtype::F16 => encode_f16::<L>(values, bytes),
+        KvDtype::Q8_0 => encode_q8_0(values, bytes),
     }
 }
 

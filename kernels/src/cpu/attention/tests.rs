@@ -66,9 +66,15 @@ impl Pages {
     /// One head's key (or value) as it is stored, in layer 1.
     fn row(&self, value: bool, head: usize, position: usize) -> Vec<f64> {
         let layout = &self.layout;
-        let run = if value { layout.v_offset(1, head) } else { layout.k_offset(1, head) };
-        let at = run + position % PAGE_TOKENS * layout.row_bytes();
-        let bytes = self.table[position / PAGE_TOKENS].bytes(layout, at, layout.row_bytes());
+        let (page, at) = (self.table[position / PAGE_TOKENS], position % PAGE_TOKENS);
+        let bytes = if value {
+            page.bytes(layout, layout.v_offset(1, head) + at * layout.row_bytes(), layout.row_bytes())
+                .to_vec()
+        } else {
+            let group = layout.k_offset(1, head) + at / KEY_GROUP * KEY_GROUP * layout.row_bytes();
+            let part = |(offset, bytes)| page.bytes(layout, group + offset + at % KEY_GROUP * bytes, bytes);
+            layout.key_parts().flat_map(part).copied().collect()
+        };
         let half = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).to_f64();
         let mut row: Vec<f64> = match layout.dtype {
             KvDtype::F16 => bytes.chunks(2).map(half).collect(),

@@ -19,40 +19,6 @@ macro_rules! intrinsic {
     };
 }
 
-/// Defines a transposition of eight vectors as 8 × 8 blocks of 16-bit values, one block in each 128-bit part.
-macro_rules! eight_by_eight {
-    ($name:ident, $vector:ty, $low16:ident $high16:ident $low32:ident $high32:ident $low64:ident $high64:ident) => {
-        #[inline(always)]
-        fn $name(r: [$vector; 8]) -> [$vector; 8] {
-            intrinsic! {
-                // Pairs of rows interleaved, then pairs of pairs, then both fours.
-                let (a, b) = ($low16(r[0], r[1]), $high16(r[0], r[1]));
-                let (c, d) = ($low16(r[2], r[3]), $high16(r[2], r[3]));
-                let (e, f) = ($low16(r[4], r[5]), $high16(r[4], r[5]));
-                let (g, h) = ($low16(r[6], r[7]), $high16(r[6], r[7]));
-                let (ac, ac_high) = ($low32(a, c), $high32(a, c));
-                let (bd, bd_high) = ($low32(b, d), $high32(b, d));
-                let (eg, eg_high) = ($low32(e, g), $high32(e, g));
-                let (fh, fh_high) = ($low32(f, h), $high32(f, h));
-                [
-                    $low64(ac, eg),
-                    $high64(ac, eg),
-                    $low64(ac_high, eg_high),
-                    $high64(ac_high, eg_high),
-                    $low64(bd, fh),
-                    $high64(bd, fh),
-                    $low64(bd_high, fh_high),
-                    $high64(bd_high, fh_high),
-                ]
-            }
-        }
-    };
-}
-eight_by_eight!(eight_by_eight_256, __m256i, _mm256_unpacklo_epi16 _mm256_unpackhi_epi16 _mm256_unpacklo_epi32
-    _mm256_unpackhi_epi32 _mm256_unpacklo_epi64 _mm256_unpackhi_epi64);
-eight_by_eight!(eight_by_eight_512, __m512i, _mm512_unpacklo_epi16 _mm512_unpackhi_epi16 _mm512_unpacklo_epi32
-    _mm512_unpackhi_epi32 _mm512_unpacklo_epi64 _mm512_unpackhi_epi64);
-
 impl Lanes for Avx2 {
     const BLOCK_ROWS: usize = 2;
     const BLOCK_TOKENS: usize = 2;
@@ -131,26 +97,6 @@ impl Lanes for Avx2 {
             let p = to.as_mut_ptr().cast::<__m128i>();
             _mm_storeu_si128(p, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));
             _mm_storeu_si128(p.add(1), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.1));
-        }
-    }
-    #[inline(always)]
-    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize) {
-        assert!(from.len() >= 15 * from_stride + LANES && to.len() >= 15 * to_stride + LANES);
-        let row = from.as_ptr();
-        intrinsic! {
-            let (mut first, mut second) = ([_mm256_setzero_si256(); 8], [_mm256_setzero_si256(); 8]);
-            for i in 0..8 {
-                first[i] = _mm256_loadu_si256(row.add(i * from_stride).cast());
-                second[i] = _mm256_loadu_si256(row.add((i + 8) * from_stride).cast());
-            }
-            // Columns `i` and `i + 8` of eight rows, in the two halves of vector `i`.
-            let (first, second) = (eight_by_eight_256(first), eight_by_eight_256(second));
-            for i in 0..8 {
-                let low = _mm256_permute2x128_si256::<0x20>(first[i], second[i]);
-                let high = _mm256_permute2x128_si256::<0x31>(first[i], second[i]);
-                _mm256_storeu_si256(to.as_mut_ptr().add(i * to_stride).cast(), low);
-                _mm256_storeu_si256(to.as_mut_ptr().add((i + 8) * to_stride).cast(), high);
-            }
         }
     }
     #[inline(always)]
@@ -268,27 +214,6 @@ impl Lanes for Avx512 {
         intrinsic! {
             let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
             _mm256_storeu_si256(to.as_mut_ptr().cast(), halves);
-        }
-    }
-    #[inline(always)]
-    fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize) {
-        assert!(from.len() >= 15 * from_stride + LANES && to.len() >= 15 * to_stride + LANES);
-        let row = from.as_ptr();
-        intrinsic! {
-            let mut pairs = [_mm512_setzero_si512(); 8];
-            for i in 0..8 {
-                let low = _mm256_loadu_si256(row.add(i * from_stride).cast());
-                let high = _mm256_loadu_si256(row.add((i + 8) * from_stride).cast());
-                pairs[i] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            }
-            // In the four quarters of vector `i`: columns `i` and `i + 8` of rows 0 to 7, then of rows 8 to 15.
-            let pairs = eight_by_eight_512(pairs);
-            for i in 0..8 {
-                let columns = _mm512_shuffle_i64x2::<0b11_01_10_00>(pairs[i], pairs[i]);
-                let (low, high) = (_mm512_castsi512_si256(columns), _mm512_extracti64x4_epi64::<1>(columns));
-                _mm256_storeu_si256(to.as_mut_ptr().add(i * to_stride).cast(), low);
-                _mm256_storeu_si256(to.as_mut_ptr().add((i + 8) * to_stride).cast(), high);
-            }
         }
     }
     #[inline(always)]
