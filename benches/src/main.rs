@@ -20,6 +20,9 @@ const DECODE_STEPS: usize = 30;
 /// Rows of a new message on a resumed session: the time to its first token.
 const MESSAGES: [usize; 3] = [3, 12, 20];
 const MESSAGE_REPEATS: usize = 9;
+/// Sequences that decode together, each with pages of its own, from a depth that a short chat has.
+const SEQUENCES: usize = 8;
+const SEQUENCE_DEPTH: usize = 192;
 
 /// One sequence, with its pages in plain memory.
 struct Bench {
@@ -56,6 +59,23 @@ impl Bench {
         self.decoder.forward(&self.cpu, &self.layout, &batch, &mut self.work);
         begun.elapsed().as_secs_f64()
     }
+
+    /// Computes one token of each of [`SEQUENCES`]; returns the seconds it took.
+    fn compute_together(&mut self) -> f64 {
+        let pages_each = SEQUENCE_DEPTH / PAGE_TOKENS + 1;
+        let sequences: Vec<Sequence<'_>> = (0..SEQUENCES)
+            .map(|index| {
+                let pages = &self.pages[index * pages_each..(index + 1) * pages_each];
+                Sequence { pages, first_row: index, rows: 1, start: SEQUENCE_DEPTH }
+            })
+            .collect();
+        let (tokens, rows): (Vec<u32>, Vec<usize>) =
+            (0..SEQUENCES).map(|row| (row as u32 + 100, row)).unzip();
+        let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &rows };
+        let begun = Instant::now();
+        self.decoder.forward(&self.cpu, &self.layout, &batch, &mut self.work);
+        begun.elapsed().as_secs_f64()
+    }
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -84,6 +104,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         steps.sort_by(f64::total_cmp);
         println!("decode at {depth:<4}       {:>7.1} tokens/s", 1.0 / steps[DECODE_STEPS / 2]);
     }
+    let mut steps: Vec<f64> = (0..DECODE_STEPS).map(|_| bench.compute_together()).collect();
+    steps.sort_by(f64::total_cmp);
+    println!(
+        "{SEQUENCES} sequences at {SEQUENCE_DEPTH}    {:>7.1} tokens/s",
+        SEQUENCES as f64 / steps[DECODE_STEPS / 2]
+    );
     for rows in MESSAGES {
         let depth = DEPTHS[DEPTHS.len() - 1];
         let mut times: Vec<f64> = (0..MESSAGE_REPEATS).map(|_| bench.compute(depth, rows)).collect();

@@ -112,7 +112,7 @@ impl PageLayout {
         let (row, whole, rest) = (self.row_bytes(), positions / KEY_GROUP * KEY_GROUP, positions % KEY_GROUP);
         (0..self.runs()).flat_map(move |run| {
             let start = run * layout.head_bytes();
-            let keys = run / layout.kv_heads % 2 == 0;
+            let keys = (run / layout.kv_heads).is_multiple_of(2);
             let rows = if keys { whole } else { positions };
             let parts = (keys && rest > 0).then(|| layout.key_parts()).into_iter().flatten();
             let parts = parts.map(move |(offset, bytes)| {

@@ -209,7 +209,13 @@ fn packed_tiles<D: Dots, const P: usize>(
                         for t in 0..$t {
                             let mut values = [0.0; LANES];
                             sums[t].store(&mut values);
-                            out.put((token + t) * weights.rows + tile * TILE_ROWS, &values[..rows]);
+                            let at = (token + t) * weights.rows + tile * TILE_ROWS;
+                            // Of a length that is known: a move instead of a call.
+                            if rows == TILE_ROWS {
+                                out.put(at, &values)
+                            } else {
+                                out.put(at, &values[..rows])
+                            }
                         }
                         token += $t;
                     }

@@ -35,13 +35,17 @@ pub fn tile_product<D: Dots, const P: usize, const T: usize>(
     let (scales, codes) = tile.split_at(form.codes_offset(blocks * BLOCK));
     let offset = D::F::splat(-(form.offset as f32));
     let mut sums = [D::F::zero(); T];
+    let mut header = (D::F::zero(), D::F::zero());
     for (block, lines) in codes.chunks_exact(form.code_bytes()).enumerate() {
+        if block % form.blocks_a_header() == 0 {
+            header = header_of::<D>(form, scales, block);
+        }
         if fresh {
             prefetch(lines.as_ptr().wrapping_add(AHEAD), lines.len());
         }
         let codes = unpack::<D>(form, lines);
         for group in 0..form.groups {
-            let (scale, minimum) = scales_of::<D>(form, scales, block, group);
+            let (scale, minimum) = scales_of::<D>(form, header, scales, block, group);
             for t in 0..T {
                 let x = &tokens[t][block];
                 let (columns, sum) = match (form.groups, group) {
@@ -109,26 +113,40 @@ fn line(lines: &[u8], index: usize) -> &[u8; 64] {
     lines[64 * index..64 * index + 64].first_chunk().expect("64 bytes are 64 bytes")
 }
 
-/// The scales and the minimums (zeros where there are none) of a group of columns, one lane for each row.
+/// What the blocks of a header share, one lane for each row: scales and minimums (zeros where there are none), or what their
+/// factors are multiplied with.
 #[inline(always)]
-fn scales_of<D: Dots>(form: Form, scales: &[u8], block: usize, group: usize) -> (D::F, D::F) {
-    let (at, header) = form.scale_offsets(block);
+fn header_of<D: Dots>(form: Form, scales: &[u8], block: usize) -> (D::F, D::F) {
+    let (_, at) = form.scale_offsets(block);
+    let first = halves(scales, at);
+    let scale = if form.scales == Scales::Brain { D::F::load_bf16(&first) } else { D::F::load_f16(&first) };
     match form.scales {
-        Scales::Half => (D::F::load_f16(&halves(scales, at)), D::F::zero()),
-        Scales::Brain => (D::F::load_bf16(&halves(scales, at)), D::F::zero()),
-        Scales::HalfMin => {
-            (D::F::load_f16(&halves(scales, at)), D::F::load_f16(&halves(scales, at + 2 * LANES)))
-        }
-        Scales::Super => {
-            let factors = D::F::load_i8(sixteen(scales, at + group * LANES));
-            (D::F::load_f16(&halves(scales, header)).mul(factors), D::F::zero())
-        }
+        Scales::Half | Scales::Brain | Scales::Super => (scale, D::F::zero()),
+        Scales::HalfMin => (scale, D::F::load_f16(&halves(scales, at + 2 * LANES))),
         Scales::SuperMin => {
-            let (d, m) = (halves(scales, header), halves(scales, header + 2 * LANES));
+            let minimum = D::F::load_f16(&halves(scales, at + 2 * LANES));
+            (scale, D::F::zero().sub(minimum))
+        }
+    }
+}
+
+/// The scales and the minimums of a group of columns.
+#[inline(always)]
+fn scales_of<D: Dots>(
+    form: Form,
+    header: (D::F, D::F),
+    scales: &[u8],
+    block: usize,
+    group: usize,
+) -> (D::F, D::F) {
+    let (at, _) = form.scale_offsets(block);
+    match form.scales {
+        Scales::Half | Scales::Brain | Scales::HalfMin => header,
+        Scales::Super => (header.0.mul(D::F::load_i8(sixteen(scales, at + group * LANES))), header.1),
+        Scales::SuperMin => {
             let factors = D::F::load_u8(sixteen(scales, at + 2 * group * LANES));
             let minimums = D::F::load_u8(sixteen(scales, at + (2 * group + 1) * LANES));
-            let minimum = D::F::zero().sub(D::F::load_f16(&m).mul(minimums));
-            (D::F::load_f16(&d).mul(factors), minimum)
+            (header.0.mul(factors), header.1.mul(minimums))
         }
     }
 }

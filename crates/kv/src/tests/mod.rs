@@ -132,7 +132,7 @@ fn row(position: usize, run: usize) -> impl Iterator<Item = usize> {
         at..at + part
     });
     let plain = start + position * bytes..start + (position + 1) * bytes;
-    let is_keys = run / LAYOUT.kv_heads % 2 == 0;
+    let is_keys = (run / LAYOUT.kv_heads).is_multiple_of(2);
     turned.filter(move |_| is_keys).chain(plain.filter(move |_| !is_keys))
 }
 

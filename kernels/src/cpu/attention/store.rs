@@ -28,16 +28,20 @@ pub fn store_kv(
     assert_eq!(k.len(), v.len());
     assert!(layout.row_bytes() <= LARGEST_ROW, "heads of at most 512 values");
     let (isa, width) = (cpu.isa, layout.kv_heads * layout.head_dim);
-    for sequence in sequences {
-        each_range(cpu, sequence.rows, 2 * width, &|rows| {
-            for row in rows {
+    let rows = sequences.iter().map(|sequence| sequence.rows).sum();
+    each_range(cpu, rows, 2 * width, &|range| {
+        let mut first = 0;
+        for sequence in sequences {
+            let own = range.start.max(first)..range.end.min(first + sequence.rows);
+            for row in own.map(|row| row - first) {
                 let position = sequence.start + row;
                 let at = (sequence.first_row + row) * width;
                 let (k, v) = (&k[at..at + width], &v[at..at + width]);
                 dispatch!(isa, store_row(layout: &PageLayout, sequence: &Sequence<'_>, layer: usize, position: usize, k: &[f32], v: &[f32]));
             }
-        });
-    }
+            first += sequence.rows;
+        }
+    });
 }
 
 #[inline(always)]
