@@ -80,6 +80,14 @@ impl Activations {
         &mut self.logits
     }
 
+    /// About what the buffers take for passes of up to `rows` rows, with the logits of `logit_rows` of them, in bytes.
+    pub fn bytes(config: &ModelConfig, rows: usize, logit_rows: usize) -> usize {
+        let attention = 2 * (config.heads + config.kv_heads) * config.head_dim + 2 * config.rope.dims;
+        let feed_forward = 2 * config.experts.map_or(config.d_ff, |experts| experts.d_ff * experts.used);
+        let row = 3 * config.d_model + attention + feed_forward;
+        (rows * row + logit_rows * config.vocab) * size_of::<f32>()
+    }
+
     fn prepare(&mut self, rows: usize, config: &ModelConfig, rotations: usize) {
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         self.x.resize(rows * config.d_model, 0.0);

@@ -23,6 +23,8 @@ const DIMENSION_LIMIT: u32 = 4;
 /// Arrays inside arrays; real files have none.
 const NESTING_LIMIT: usize = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
+/// Room that is made for settings or tensors on the word of a header alone; for more, as they are found.
+const USUAL_COUNT: usize = 1 << 10;
 
 /// A metadata value. Strings and arrays are places in the file, already checked.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -295,7 +297,7 @@ impl<'a> Reader<'a> {
         // The smallest setting: key (8 + 1), type 4, a value of one byte.
         let metadata_count = self.count("the number of settings", 14)?;
 
-        let mut metadata = HashMap::with_capacity(metadata_count);
+        let mut metadata = HashMap::with_capacity(metadata_count.min(USUAL_COUNT));
         for _ in 0..metadata_count {
             let key = self.name("a setting's name")?;
             let kind = self.u32(key)?;
@@ -319,7 +321,7 @@ impl<'a> Reader<'a> {
             }
         };
 
-        let mut tensors = HashMap::with_capacity(tensor_count);
+        let mut tensors = HashMap::with_capacity(tensor_count.min(USUAL_COUNT));
         for _ in 0..tensor_count {
             let (name, info) = self.tensor_header(alignment)?;
             if tensors.insert(name.to_owned(), info).is_some() {
@@ -432,7 +434,9 @@ impl<'a> Reader<'a> {
     /// Turns offsets into places in the file, and checks that all tensors lie inside it and apart.
     fn place(&self, tensors: &mut HashMap<String, TensorInfo>, alignment: u64) -> Result<(), ModelError> {
         let data_start = self.at.next_multiple_of(alignment as usize);
-        for (name, info) in tensors.iter_mut() {
+        let mut places: Vec<(&String, &mut TensorInfo)> = tensors.iter_mut().collect();
+        places.sort_unstable_by_key(|(name, info)| (info.offset, *name));
+        for (name, info) in &mut places {
             let end = info.offset.checked_add(data_start).and_then(|start| start.checked_add(info.bytes));
             match end {
                 Some(end) if end <= self.bytes.len() => info.offset += data_start,
@@ -446,10 +450,8 @@ impl<'a> Reader<'a> {
                 }
             }
         }
-        let mut places: Vec<(&String, &TensorInfo)> = tensors.iter().collect();
-        places.sort_by_key(|(_, info)| info.offset);
         for pair in places.windows(2) {
-            let ((first, before), (second, after)) = (pair[0], pair[1]);
+            let ((first, before), (second, after)) = (&pair[0], &pair[1]);
             if before.offset + before.bytes > after.offset {
                 return Err(self.malformed(format!("the tensors '{first}' and '{second}' overlap")));
             }

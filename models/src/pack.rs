@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dormouse_kernels::cpu::Pool;
 use dormouse_kernels::{GgmlType, packed};
-use memmap2::{Advice, Mmap, MmapMut};
+use memmap2::{Advice, Mmap, MmapMut, MmapOptions};
 use rustix::fs::{FallocateFlags, FlockOperation};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,8 @@ use crate::weights::{Operand, Tensor, WeightSource};
 const MAGIC: &[u8; 8] = b"DORMPACK";
 const HEADER_BYTES: usize = 8 + 8 + 32;
 const ALIGNMENT: usize = 4096;
+/// Looked up row by row; where it is not the output matrix too, it is never multiplied with.
+const EMBEDDING: &str = "token_embd.weight";
 
 /// The packed matrices of one model.
 pub struct PackedWeights {
@@ -30,6 +33,42 @@ pub struct PackedWeights {
     matrices: HashMap<String, Place>,
     /// The file that is mapped; None: they lie in memory.
     file: Option<PathBuf>,
+    /// Whether the places hold their matrices.
+    filled: bool,
+}
+
+/// What a loaded model's weights take, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HeldBytes {
+    /// The tiles of every quantised matrix that is multiplied with.
+    pub packed: u64,
+    /// The pack file, when the tiles lie in one; 0 where there is nothing to pack.
+    pub pack_file: u64,
+    /// Float tensors, which are used where they lie in the model's file.
+    pub floats: u64,
+    /// The quantised embedding, of which single rows are read from the model's file.
+    pub looked_up: u64,
+}
+
+impl HeldBytes {
+    /// What the weights of `source` will take; reads nothing but its header.
+    pub fn of(source: &dyn WeightSource) -> HeldBytes {
+        let room = index_room(source);
+        let places = plan(source, room);
+        let packed = places.iter().filter_map(Place::bytes).sum::<usize>() as u64;
+        let (mut floats, mut looked_up) = (0, 0);
+        for name in source.names() {
+            let Some(tensor) = source.tensor(name) else { continue };
+            let bytes = tensor.bytes().len() as u64;
+            match tensor.ty.is_packed() {
+                false => floats += bytes,
+                true if name == EMBEDDING => looked_up += bytes,
+                true => {}
+            }
+        }
+        let pack_file = if places.is_empty() { 0 } else { end(&places, room) as u64 };
+        HeldBytes { packed, pack_file, floats, looked_up }
+    }
 }
 
 /// Where packed weights are kept, and who hears of the work of making them.
@@ -81,7 +120,17 @@ impl PackedWeights {
         let mut map = MmapMut::map_anon(end(&matrices, 0).max(1)).map_err(error)?;
         fill(source, &matrices, &mut map, &mut |_, _| {});
         let map = map.make_read_only().map_err(error)?;
-        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices), file: None })
+        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices), file: None, filled: true })
+    }
+
+    /// The places of every matrix over memory that holds nothing: a decoder built on it checks all that the model's file
+    /// says, at no cost, and computes nothing.
+    pub fn without_contents(source: &dyn WeightSource) -> Result<PackedWeights, ModelError> {
+        let matrices = plan(source, 0);
+        let map = MmapOptions::new().len(end(&matrices, 0).max(1)).no_reserve_swap().map_anon();
+        let map =
+            map.and_then(MmapMut::make_read_only).map_err(|error| ModelError::io(source.path(), error))?;
+        Ok(PackedWeights { map: Arc::new(map), matrices: by_name(matrices), file: None, filled: false })
     }
 
     /// Maps the pack of `source`, which is made first where there is none that can be used. Where no folder takes it, the
@@ -124,6 +173,32 @@ impl PackedWeights {
         let same = (place.ty()?, place.rows, place.cols) == (tensor.ty, tensor.rows, tensor.cols);
         same.then(|| Operand::tiles(tensor.ty, tensor.rows, tensor.cols, self.map.clone(), place.offset))
     }
+
+    /// Some consecutive rows of a tensor as a matrix of their own. Rows of quantised weights that begin or end inside of a tile
+    /// are packed once more, into memory.
+    pub(crate) fn rows(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        range: Range<usize>,
+    ) -> Result<Option<Operand>, ModelError> {
+        let Some(whole) = self.operand(name, tensor) else { return Ok(None) };
+        if let Some(part) = whole.rows(range.clone()) {
+            return Ok(Some(part));
+        }
+        let Tensor { ty, cols, .. } = *tensor;
+        let error =
+            |error| ModelError::malformed(Path::new(name), format!("no memory for its rows: {error}"));
+        let bytes = ty.packed_bytes(range.len(), cols);
+        let mut map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon().map_err(error)?;
+        if self.filled {
+            let row_bytes = ty.row_bytes(cols);
+            let rows = &tensor.bytes()[range.start * row_bytes..range.end * row_bytes];
+            packed::pack(&Pool::new(1), ty, range.len(), cols, rows, &mut map);
+        }
+        let map = Arc::new(map.make_read_only().map_err(error)?);
+        Ok(Some(Operand::tiles(ty, range.len(), cols, map, 0)))
+    }
 }
 
 /// The file name of a model's pack: the model's own, some of its hash, and the layout's version.
@@ -153,7 +228,7 @@ fn plan(source: &dyn WeightSource, start: usize) -> Vec<Place> {
     let mut names = source.names();
     names.sort_unstable();
     let untied = names.contains(&"output.weight");
-    names.retain(|name| !(untied && *name == "token_embd.weight"));
+    names.retain(|name| !(untied && *name == EMBEDDING));
     let mut offset = start;
     let mut places = Vec::new();
     for name in names {
@@ -164,6 +239,13 @@ fn plan(source: &dyn WeightSource, start: usize) -> Vec<Place> {
         }
     }
     places
+}
+
+/// Bytes before the first matrix. Places depend on the length of the index, which holds them: room for it is taken
+/// generously.
+fn index_room(source: &dyn WeightSource) -> usize {
+    let names: usize = source.names().iter().map(|name| 160 + 2 * name.len()).sum();
+    (HEADER_BYTES + 512 + names).next_multiple_of(ALIGNMENT)
 }
 
 fn end(places: &[Place], start: usize) -> usize {
@@ -206,8 +288,7 @@ fn make_pack(
     if map_pack(path, weights_hash).is_some() {
         return Ok(());
     }
-    // Places depend on the length of the index, which holds them: room for it is taken generously.
-    let room = (HEADER_BYTES + 512 + 256 * source.names().len()).next_multiple_of(ALIGNMENT);
+    let room = index_room(source);
     let matrices = plan(source, room);
     let bytes = end(&matrices, room);
     let index = Index { version: packed::PACK_VERSION, weights: hex(weights_hash), bytes, matrices };
@@ -241,8 +322,12 @@ fn map_pack(path: &Path, weights_hash: &[u8; 32]) -> Option<PackedWeights> {
     if index.is_none() {
         tracing::warn!(path = %path.display(), "a file of packed weights cannot be used, and is made again");
     }
-    let packed =
-        PackedWeights { matrices: by_name(index?.matrices), map: Arc::new(map), file: Some(path.to_owned()) };
+    let packed = PackedWeights {
+        matrices: by_name(index?.matrices),
+        map: Arc::new(map),
+        file: Some(path.to_owned()),
+        filled: true,
+    };
     read_ahead(&packed.map);
     Some(packed)
 }
@@ -294,55 +379,4 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ModelSource;
-
-    fn open(folder: &Path, source: &ModelSource, hash: u8) -> (Result<PackedWeights, ModelError>, u64) {
-        let mut told = 0;
-        let mut progress = |done: u64, _total: u64| told = done;
-        let folders = [folder.join("not/writable\0"), folder.to_owned()];
-        let file = PackFile { folders: &folders, weights_hash: [hash; 32], progress: &mut progress };
-        (PackedWeights::open(source, file), told)
-    }
-
-    #[test]
-    fn a_pack_is_made_once_and_holds_what_packing_in_memory_gives() {
-        let folder = tempfile::tempdir().unwrap();
-        let source = ModelSource::open(crate::test_model()).unwrap();
-        let (packed, told) = open(folder.path(), &source, 1);
-        let packed = packed.unwrap();
-        assert!(told > 50 << 20, "{told} bytes were told of");
-        let memory = PackedWeights::in_memory(&source).unwrap();
-        assert_eq!(packed.matrices.len(), memory.matrices.len());
-        for (name, place) in &packed.matrices {
-            let bytes = place.bytes().unwrap();
-            let other = &memory.matrices[name];
-            assert!(packed.map[place.offset..][..bytes] == memory.map[other.offset..][..bytes], "{name}");
-        }
-        assert_eq!(open(folder.path(), &source, 1).1, 0, "the second opening packs nothing");
-        assert!(open(folder.path(), &source, 2).1 > 0, "other weights have another pack");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "which replaces the old one");
-    }
-
-    #[test]
-    fn a_truncated_or_flipped_or_unfinished_pack_is_made_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let source = ModelSource::open(crate::test_model()).unwrap();
-        open(folder.path(), &source, 1).0.unwrap();
-        let path = folder.path().join(pack_name(&crate::test_model(), &[1; 32]));
-        let whole = fs::read(&path).unwrap();
-        let mut flipped = whole.clone();
-        flipped[100] ^= 1;
-        for damaged in [&whole[..whole.len() - 1], &flipped, &whole[..20], &[]] {
-            fs::write(&path, damaged).unwrap();
-            let (packed, told) = open(folder.path(), &source, 1);
-            assert!(packed.is_ok() && told > 0);
-            assert!(fs::read(&path).unwrap() == whole);
-        }
-        // What a crash in the middle leaves.
-        fs::rename(&path, path.with_extension("pack.new")).unwrap();
-        assert!(open(folder.path(), &source, 1).1 > 0);
-        assert!(fs::read(&path).unwrap() == whole);
-    }
-}
+mod tests;

@@ -13,6 +13,9 @@ use serde::Deserialize;
 use crate::error::ModelError;
 use crate::weights::{Tensor, WeightSource};
 
+/// Largest settings file: the index of a thousand files is a tenth of it. Parsed JSON takes many times its size.
+const JSON_LIMIT: u64 = 64 << 20;
+
 /// An open model folder.
 pub struct SafetensorsFolder {
     path: PathBuf,
@@ -77,6 +80,11 @@ impl WeightSource for SafetensorsFolder {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+    let bytes = path.metadata().map_err(|source| ModelError::io(path, source))?.len();
+    if bytes > JSON_LIMIT {
+        let what = format!("{bytes} bytes are more than a file of settings can have ({JSON_LIMIT})");
+        return Err(ModelError::malformed(path, what));
+    }
     let text = std::fs::read(path).map_err(|source| ModelError::io(path, source))?;
     serde_json::from_slice(&text)
         .map_err(|error| ModelError::malformed(path, format!("not valid JSON: {error}")))
@@ -139,6 +147,15 @@ mod tests {
         std::fs::write(&index_path, r#"{"weight_map": {"a": "../one.safetensors"}}"#).unwrap();
         let outside = SafetensorsFolder::open(folder.path()).err().unwrap();
         assert!(outside.to_string().contains("not a plain file name"));
+    }
+
+    #[test]
+    fn settings_of_absurd_size_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = File::create(folder.path().join("model.safetensors.index.json")).unwrap();
+        index.set_len(1 << 40).unwrap();
+        let error = SafetensorsFolder::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("1099511627776 bytes"), "{error}");
     }
 
     #[test]

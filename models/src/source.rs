@@ -1,5 +1,6 @@
 //! A model on disk, whichever way it is packed: its tensors, its description, its tokenizer, its template.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::chat_template::ChatTemplate;
@@ -42,7 +43,14 @@ impl ModelSource {
     pub fn tokenizer(&self) -> Result<Tokenizer, ModelError> {
         match self {
             ModelSource::Gguf(file) => Tokenizer::from_gguf(file),
-            ModelSource::Folder(folder) => Tokenizer::from_folder(folder),
+            // The library that reads tokenizer.json trusts what parts of it say about each other, and panics where they
+            // are wrong.
+            ModelSource::Folder(folder) => catch_unwind(AssertUnwindSafe(|| Tokenizer::from_folder(folder)))
+                .unwrap_or_else(|_| {
+                    let what =
+                        "tokenizer.json cannot be used: its parts contradict each other; fetch it again";
+                    Err(ModelError::Tokenizer(what.to_owned()))
+                }),
         }
     }
 

@@ -65,9 +65,8 @@ impl Operand {
         Operand { ty, rows, cols, map, offset, bytes }
     }
 
-    /// Some consecutive rows. None where they do not begin and end with whole tiles of sixteen rows, as rows of
-    /// quantised weights must.
-    pub fn rows(&self, range: Range<usize>) -> Option<Operand> {
+    /// Some consecutive rows. None where rows of quantised weights do not begin and end with whole tiles of sixteen rows.
+    pub(crate) fn rows(&self, range: Range<usize>) -> Option<Operand> {
         assert!(range.start <= range.end && range.end <= self.rows, "rows of a matrix");
         let rows = range.len();
         let (skipped, bytes) = if self.ty.is_packed() {

@@ -69,9 +69,17 @@ impl Finder<'_> {
     pub fn operand(&self, layer: usize, role: Role, rows: usize, cols: usize) -> Result<Operand, ModelError> {
         let name = self.config.names.name(layer, role);
         let tensor = self.named(&name, rows, cols)?;
-        self.packed.operand(&name, &tensor).ok_or_else(|| {
-            ModelError::malformed(self.source.path(), format!("the packed weights lack the matrix '{name}'"))
-        })
+        self.packed.operand(&name, &tensor).ok_or_else(|| self.not_packed(&name))
+    }
+
+    /// Some of the rows of a tensor `[rows, cols]`, as a matrix of their own.
+    fn part(&self, name: &str, rows: usize, cols: usize, range: Range<usize>) -> Result<Operand, ModelError> {
+        let tensor = self.named(name, rows, cols)?;
+        self.packed.rows(name, &tensor, range)?.ok_or_else(|| self.not_packed(name))
+    }
+
+    fn not_packed(&self, name: &str) -> ModelError {
+        ModelError::malformed(self.source.path(), format!("the packed weights lack the matrix '{name}'"))
     }
 
     /// The weights of a norm over `width` values.
@@ -135,8 +143,7 @@ impl Finder<'_> {
             if name != config.names.name(layer, role(index + 1)) {
                 return self.operand(layer, role(index), rows, cols);
             }
-            let all = self.operand(layer, role(index), experts.count * rows, cols)?;
-            self.rows(&all, index * rows..(index + 1) * rows, &name)
+            self.part(&name, experts.count * rows, cols, index * rows..(index + 1) * rows)
         };
         let gated = |index: usize| {
             Ok(Gated {
@@ -162,10 +169,11 @@ impl Finder<'_> {
         let d = self.config.d_model;
         let mut matrices = Vec::with_capacity(N);
         if self.config.fused {
-            let whole = self.operand(layer, fused, parts.iter().map(|(_, rows)| rows).sum(), d)?;
+            let name = self.config.names.name(layer, fused);
+            let all = parts.iter().map(|(_, rows)| rows).sum();
             let mut at = 0;
             for (_, rows) in parts {
-                matrices.push(self.rows(&whole, at..at + rows, &self.config.names.name(layer, fused))?);
+                matrices.push(self.part(&name, all, d, at..at + rows)?);
                 at += rows;
             }
         } else {
@@ -177,17 +185,6 @@ impl Finder<'_> {
         matrices
             .try_into()
             .map_err(|_| ModelError::malformed(self.source.path(), "a fused matrix lost a part"))
-    }
-
-    fn rows(&self, whole: &Operand, range: Range<usize>, name: &str) -> Result<Operand, ModelError> {
-        whole.rows(range.clone()).ok_or_else(|| {
-            let what = format!(
-                "the rows {} to {} of '{name}' are a matrix of their own, which packed weights cannot be cut into; \
-                 use a file with F16 or BF16 weights",
-                range.start, range.end
-            );
-            ModelError::malformed(self.source.path(), what)
-        })
     }
 
     fn projection(

@@ -86,6 +86,8 @@ CASES = {
     "qwen3_moe_partly_dense": case("Qwen3MoeForCausalLM", "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2,
                                    moe_intermediate_size=32, norm_topk_prob=False, decoder_sparse_step=1,
                                    mlp_only_layers=[1]),
+    "gemma": case("GemmaForCausalLM", "gemma", hidden_act="gelu_pytorch_tanh", head_dim=32, num_key_value_heads=1,
+                  rms_norm_eps=1e-6, tie_word_embeddings=True),
     "gemma2": case("Gemma2ForCausalLM", "gemma2", hidden_activation="gelu_pytorch_tanh", num_hidden_layers=4, head_dim=32,
                    rms_norm_eps=1e-6, query_pre_attn_scalar=32, sliding_window=20, attn_logit_softcapping=5.0,
                    final_logit_softcapping=10.0, tie_word_embeddings=True),

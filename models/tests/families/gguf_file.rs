@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::case::Case;
+use crate::quantise::{BLOCK, Weights};
 
 const ALIGNMENT: usize = 32;
 
@@ -26,8 +27,29 @@ struct Tensor {
 }
 
 impl GgufDescription {
+    /// The same model with other settings.
+    pub fn set(&mut self, name: &str, value: serde_json::Value) {
+        self.settings.insert(name.to_owned(), value);
+    }
+
+    /// Writes every tensor as F32.
     pub fn write(&self, case: &Case, path: &Path) {
+        self.write_as(case, path, Weights::Floats);
+    }
+
+    /// Writes matrices whose rows are whole blocks as `weights` says, all other tensors as F32.
+    pub fn write_as(&self, case: &Case, path: &Path, weights: Weights) {
         let tensors = self.tensors(case);
+        let encoded: Vec<(u32, Vec<u8>)> = tensors
+            .iter()
+            .map(|(name, tensor)| match tensor.shape.as_slice() {
+                // Converters leave routers as they are.
+                [_, .., cols] if cols.is_multiple_of(BLOCK) && !name.contains("ffn_gate_inp") => {
+                    weights.encode(&tensor.values)
+                }
+                _ => Weights::Floats.encode(&tensor.values),
+            })
+            .collect();
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());
         file.extend((tensors.len() as u64).to_le_bytes());
@@ -49,17 +71,17 @@ impl GgufDescription {
             }
         }
         let mut offset = 0usize;
-        for (name, tensor) in &tensors {
+        for ((name, tensor), (ty, bytes)) in tensors.iter().zip(&encoded) {
             string(&mut file, name);
             file.extend((tensor.shape.len() as u32).to_le_bytes());
             tensor.shape.iter().rev().for_each(|size| file.extend((*size as u64).to_le_bytes()));
-            file.extend(0u32.to_le_bytes());
+            file.extend(ty.to_le_bytes());
             file.extend((offset as u64).to_le_bytes());
-            offset = (offset + tensor.values.len() * 4).next_multiple_of(ALIGNMENT);
+            offset = (offset + bytes.len()).next_multiple_of(ALIGNMENT);
         }
-        for tensor in tensors.values() {
+        for (_, bytes) in &encoded {
             file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
-            tensor.values.iter().for_each(|value| file.extend(value.to_le_bytes()));
+            file.extend(bytes);
         }
         std::fs::write(path, file).unwrap();
     }

@@ -1,15 +1,18 @@
 //! `dormouse models`: what is known, what is here, and what is inside.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+mod inspect;
+mod machine;
+mod needed;
+mod report;
 
-use anyhow::{Context, Result, bail};
-use dormouse_kernels::{KvDtype, PageLayout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
 use dormouse_models::catalog::{self, Resolved};
 use dormouse_models::pack::{PackFile, PackedWeights};
-use dormouse_models::weights::WeightSource;
 use dormouse_models::{ModelSource, hash_weights};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::assemble::pack_folders;
 use crate::cli::ModelsCommand;
@@ -18,13 +21,16 @@ use crate::output::{outln, print_json, print_table, progress_bar};
 use crate::sizes::Bytes;
 use crate::weights;
 
-pub async fn models(config: &Config, command: ModelsCommand, as_json: bool) -> Result<()> {
+pub async fn models(config: &Config, command: ModelsCommand, as_json: bool) -> Result<ExitCode> {
     match command {
-        ModelsCommand::Ls => list(config, as_json),
-        ModelsCommand::Pull { name } => pull(config, &name, as_json).await,
-        ModelsCommand::Inspect { model } => inspect(config, &model, as_json),
-        ModelsCommand::Pack { model } => pack(config, &model, as_json),
+        ModelsCommand::Ls => list(config, as_json)?,
+        ModelsCommand::Pull { name } => pull(config, &name, as_json).await?,
+        ModelsCommand::Inspect { model } => {
+            return inspect::inspect(config, &weights::name_of(&model), &file_of(config, &model)?, as_json);
+        }
+        ModelsCommand::Pack { model } => pack(config, &model, as_json)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn list(config: &Config, as_json: bool) -> Result<()> {
@@ -109,60 +115,4 @@ fn pack(config: &Config, model: &str, as_json: bool) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn inspect(config: &Config, model: &str, as_json: bool) -> Result<()> {
-    let path = file_of(config, model)?;
-    let source = ModelSource::open(&path)?;
-    let description = source.config()?;
-    let tokenizer = source.tokenizer().context("the model's tokenizer")?;
-    let template = source.chat_template(&tokenizer).context("the model's chat template")?;
-    let (parameters, bytes, types) = count_tensors(&source);
-    let kv_bytes_per_token = |dtype| {
-        let (layers, kv_heads, head_dim) = (description.layers, description.kv_heads, description.head_dim);
-        PageLayout { layers, kv_heads, head_dim, dtype }.token_bytes()
-    };
-    let facts = json!({
-        "name": weights::name_of(model),
-        "path": path,
-        "architecture": description.architecture,
-        "parameters": parameters,
-        "weight_bytes": bytes,
-        "tensor_types": types,
-        "context": description.context,
-        "layers": description.layers,
-        "model_width": description.d_model,
-        "heads": description.heads,
-        "kv_heads": description.kv_heads,
-        "head_dim": description.head_dim,
-        "feed_forward_width": description.d_ff,
-        "vocabulary": tokenizer.vocab_size(),
-        "rope_theta": description.rope.theta,
-        "chat_template": if template.is_default() { "none in the file, ChatML is used" } else { "from the file" },
-        "kv_bytes_per_token": { "f16": kv_bytes_per_token(KvDtype::F16), "q8_0": kv_bytes_per_token(KvDtype::Q8_0) },
-    });
-    if as_json {
-        return print_json(&facts);
-    }
-    for (name, value) in facts.as_object().into_iter().flatten() {
-        outln!("{name:<20}{}", value.as_str().map_or_else(|| value.to_string(), String::from));
-    }
-    Ok(())
-}
-
-/// Parameters, bytes, and how many tensors there are of each type.
-fn count_tensors(source: &ModelSource) -> (u64, u64, Value) {
-    let mut types: BTreeMap<&str, usize> = BTreeMap::new();
-    let (mut parameters, mut bytes) = (0, 0);
-    let names: Vec<&str> = match source {
-        ModelSource::Gguf(file) => file.tensors().map(|(name, _)| name).collect(),
-        ModelSource::Folder(folder) => folder.names(),
-    };
-    for name in names {
-        let Some(tensor) = source.tensor(name) else { continue };
-        *types.entry(tensor.ty.name()).or_default() += 1;
-        parameters += tensor.rows as u64 * tensor.cols as u64;
-        bytes += tensor.bytes().len() as u64;
-    }
-    (parameters, bytes, json!(types))
 }

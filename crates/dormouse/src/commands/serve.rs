@@ -16,7 +16,8 @@ pub async fn serve(config: &Config, arguments: ServeArguments) -> Result<()> {
     let mut signals = Signals::listen()?;
     let starting = async {
         let models = weights::choose(config, arguments.yes).await?;
-        Server::start(config, models).await
+        let embedding = weights::choose_embedding(config, arguments.yes).await?;
+        Server::start(config, models, embedding).await
     };
     let server = tokio::select! {
         server = starting => server?,
@@ -84,6 +85,11 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
         if let Some(aside) = &pages.set_aside {
             line("", format!("the file that was there cannot be used and is now {}", aside.display()));
         }
+    }
+    if let Some(embedder) = &running.embedder {
+        let (numbers, tokens) = (embedder.dimensions(), embedder.max_tokens());
+        let name = embedder.name();
+        line("embedding", format!("{name}, {numbers} numbers from up to {tokens} tokens"));
     }
     line("data", format!("{}, durability {}", config.data_dir.display(), config.durability.name()));
     let (quota, free) = (running.quota, crate::assemble::free_disk(&config.data_dir)?);
