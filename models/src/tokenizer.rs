@@ -37,6 +37,13 @@ enum Kind {
     Byte = 6,
 }
 
+impl Kind {
+    /// Found as it stands, before a text is cut into words.
+    fn is_special(self) -> bool {
+        matches!(self, Kind::Control | Kind::Unknown | Kind::UserDefined)
+    }
+}
+
 /// Tokens that end a generation, whatever the file calls its end-of-sequence token.
 const END_NAMES: [&str; 14] = [
     "<|im_end|>",
@@ -143,7 +150,7 @@ impl Tokenizer {
                         }
                     }
                 }
-                let model = Box::new(ByteLevel::new(pre_tokenizer, &texts, &merges)?);
+                let model = Box::new(ByteLevel::new(pre_tokenizer, &texts, &kinds, &merges)?);
                 Encoder::ByteLevel { model, specials: SpecialFinder::new(&texts, &kinds)? }
             }
             "llama" => {
@@ -169,7 +176,7 @@ impl Tokenizer {
                     }
                 }
                 let unknown = file.u32("tokenizer.ggml.unknown_token_id");
-                let model = Box::new(SentencePiece::new(&texts, scores, unknown));
+                let model = Box::new(SentencePiece::new(&texts, &kinds, scores, unknown));
                 let mut specials = SpecialFinder::new(&texts, &kinds)?;
                 // Phi 3's marks swallow the white space after them, which GGUF has no setting for.
                 if file.architecture()? == "phi3" {
@@ -405,7 +412,8 @@ enum Part<'a> {
 /// Finds special tokens in text: the leftmost first, of those the longest.
 struct SpecialFinder {
     all: Finder,
-    user_defined: Finder,
+    /// Those that a user may write: not the marks of turns.
+    plain: Finder,
     /// Tokens that swallow the white space after them.
     swallowing: HashSet<TokenId>,
 }
@@ -416,10 +424,14 @@ struct Finder {
 }
 
 impl Finder {
-    fn new(texts: &[&str], kinds: &[Kind], wanted: impl Fn(Kind) -> bool) -> Result<Finder, ModelError> {
+    fn new(
+        texts: &[&str],
+        kinds: &[Kind],
+        wanted: impl Fn(&str, Kind) -> bool,
+    ) -> Result<Finder, ModelError> {
         let mut by_text = HashMap::new();
         for (id, (text, kind)) in texts.iter().zip(kinds).enumerate() {
-            if wanted(*kind) && !text.is_empty() {
+            if wanted(text, *kind) && !text.is_empty() {
                 by_text.entry(*text).or_insert(id as TokenId);
             }
         }
@@ -434,10 +446,13 @@ impl Finder {
 
 impl SpecialFinder {
     fn new(texts: &[&str], kinds: &[Kind]) -> Result<SpecialFinder, ModelError> {
-        let special = |kind| matches!(kind, Kind::Control | Kind::Unknown | Kind::UserDefined);
+        // Some converters mark the tokens that begin a turn (Phi 3's `<|user|>`) as user-defined. White space and HTML tags,
+        // which those really are, do not look like that.
+        let is_mark = |text: &str| text.starts_with("<|") && text.ends_with("|>");
+        let plain = |text: &str, kind| kind == Kind::UserDefined && !is_mark(text);
         Ok(SpecialFinder {
-            all: Finder::new(texts, kinds, special)?,
-            user_defined: Finder::new(texts, kinds, |kind| kind == Kind::UserDefined)?,
+            all: Finder::new(texts, kinds, |_, kind| kind.is_special())?,
+            plain: Finder::new(texts, kinds, plain)?,
             swallowing: HashSet::new(),
         })
     }
@@ -459,7 +474,7 @@ impl SpecialFinder {
     ) -> Result<(), ModelError> {
         let finder = match specials {
             Specials::Parse => &self.all,
-            Specials::Literal => &self.user_defined,
+            Specials::Literal => &self.plain,
         };
         let mut at = 0;
         let mut after_special = true;

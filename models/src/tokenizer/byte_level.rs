@@ -1,10 +1,11 @@
 //! Byte-level BPE (GPT-2): every byte is written as one printable character, and merges work on those.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab};
 
+use super::Kind;
 use super::split::PreTokenizer;
 use crate::TokenId;
 use crate::error::ModelError;
@@ -51,9 +52,11 @@ impl ByteLevel {
     pub fn new(
         pre_tokenizer: PreTokenizer,
         texts: &[&str],
+        kinds: &[Kind],
         merges: &[&str],
     ) -> Result<ByteLevel, ModelError> {
-        let vocab: Vocab = texts.iter().zip(0..).map(|(text, id)| (text.to_string(), id)).collect();
+        let mut vocab: Vocab = texts.iter().zip(0..).map(|(text, id)| (text.to_string(), id)).collect();
+        let mut merged = HashSet::new();
         let mut product = String::new();
         let mut pairs = Vec::with_capacity(merges.len());
         for merge in merges {
@@ -68,6 +71,17 @@ impl ByteLevel {
                 ModelError::Tokenizer(format!("the merge '{merge}' is not about tokens of the vocabulary"))
             })?;
             pairs.push((left.to_owned(), right.to_owned()));
+            if pre_tokenizer.whole_words_first {
+                merged.extend([left.to_owned(), right.to_owned(), product.clone()]);
+            }
+        }
+        // Where a word that is a token needs no merges, a word that spells a special token would be it.
+        if pre_tokenizer.whole_words_first {
+            for (text, _) in texts.iter().zip(kinds).filter(|(_, kind)| kind.is_special()) {
+                if !merged.contains(*text) {
+                    vocab.remove(*text);
+                }
+            }
         }
         let model = BPE::builder()
             .vocab_and_merges(vocab, pairs)

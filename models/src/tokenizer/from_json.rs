@@ -1,5 +1,6 @@
 //! A `tokenizer.json`, run by the library that defines the format.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
@@ -26,7 +27,7 @@ impl Library {
         let unusable = |cause: &dyn std::fmt::Display| error("tokenizer.json cannot be used", cause);
         serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|cause| unusable(&cause))?;
         // The library panics on some files that are JSON but not tokenizers.
-        let mut tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(json))
+        let mut tokenizer = catch_unwind(|| Tokenizer::from_bytes(json))
             .map_err(|_| unusable(&"its contents are not those of a tokenizer"))?
             .map_err(|cause| unusable(&cause))?;
         // Files exported from training cut or pad every text to a fixed length: never for a prompt.
@@ -97,8 +98,10 @@ impl Library {
                 Box::new(literal)
             }),
         };
-        let encoding =
-            tokenizer.encode_fast(text, false).map_err(|cause| error("cannot encode the text", cause))?;
+        // The library trusts the file's own rules, and panics where they contradict each other.
+        let encoding = catch_unwind(AssertUnwindSafe(|| tokenizer.encode_fast(text, false)))
+            .map_err(|_| error("cannot encode the text", "its rules contradict each other"))?
+            .map_err(|cause| error("cannot encode the text", cause))?;
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }

@@ -5,6 +5,7 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use super::Kind;
 use crate::TokenId;
 
 /// The character that stands for a space inside tokens.
@@ -64,15 +65,20 @@ impl PartialEq for Pair {
 impl Eq for Pair {}
 
 impl SentencePiece {
-    /// `scores` belong to `texts`, one each.
-    pub fn new(texts: &[&str], scores: Vec<f32>, unknown: Option<TokenId>) -> SentencePiece {
+    /// `kinds` and `scores` belong to `texts`, one each. Ordinary tokens alone are joined from characters: a control token
+    /// whose halves are tokens (`</` and `s>`) would otherwise come out of a text that spells it.
+    pub fn new(texts: &[&str], kinds: &[Kind], scores: Vec<f32>, unknown: Option<TokenId>) -> SentencePiece {
         let mut bytes = [unknown; 256];
         let mut ids = HashMap::with_capacity(texts.len());
-        for (text, id) in texts.iter().zip(0..) {
-            if let Some(byte) = byte_of(text) {
-                bytes[byte as usize] = Some(id);
+        for ((text, kind), id) in texts.iter().zip(kinds).zip(0..) {
+            match (kind, byte_of(text)) {
+                // Files without kinds have byte tokens all the same.
+                (Kind::Byte | Kind::Normal, Some(byte)) => bytes[byte as usize] = Some(id),
+                (Kind::Normal | Kind::Unused, _) => {
+                    ids.insert(Box::from(*text), id);
+                }
+                _ => {}
             }
-            ids.insert(Box::from(*text), id);
         }
         SentencePiece { ids, scores, bytes }
     }
@@ -139,7 +145,7 @@ mod tests {
     fn the_best_scored_pair_is_joined_first_and_unknown_characters_become_bytes() {
         let texts = ["<unk>", "a", "b", "c", "ab", "bc", "▁", "<0xC3>", "<0xA9>", "▁a"];
         let scores = vec![0.0, -9.0, -9.0, -9.0, -3.0, -2.0, -9.0, 0.0, 0.0, -4.0];
-        let model = SentencePiece::new(&texts, scores, Some(0));
+        let model = SentencePiece::new(&texts, &[Kind::Normal; 10], scores, Some(0));
         let encode = |text, add_space| {
             let mut ids = Vec::new();
             model.encode(text, add_space, &mut ids);
@@ -150,5 +156,25 @@ mod tests {
         assert_eq!(encode("é a", false), [7, 8, 9]);
         assert!(encode("", false).is_empty());
         assert_eq!(encode("😀", false), [0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn text_that_spells_a_token_of_another_kind_is_not_that_token() {
+        let texts = ["<unk>", "</s>", "<b>", "<0x0A>", "</", "s>", "<", "b", ">", "<b", "<0x", "0A>"];
+        let mut kinds = [Kind::Normal; 12];
+        kinds[..4].copy_from_slice(&[Kind::Unknown, Kind::Control, Kind::UserDefined, Kind::Byte]);
+        let letters = ["/", "s", "0", "x", "A", "0x", "0A"];
+        let texts = [&texts[..], &letters].concat();
+        let kinds = [&kinds[..], &[Kind::Normal; 7]].concat();
+        let model = SentencePiece::new(&texts, &kinds, vec![0.0; texts.len()], Some(0));
+        let encode = |text| {
+            let mut ids = Vec::new();
+            model.encode(text, false, &mut ids);
+            ids.into_iter().map(|id| texts[id as usize]).collect::<Vec<_>>()
+        };
+        assert_eq!(encode("</s>"), ["</", "s>"]);
+        assert_eq!(encode("<b>"), ["<b", ">"]);
+        assert_eq!(encode("<0x0A>"), ["<0x", "0A>"]);
+        assert_eq!(encode("\n"), ["<0x0A>"]);
     }
 }

@@ -83,9 +83,84 @@ fn a_broken_tokenizer_json_is_an_error() {
 #[test]
 fn merges_about_unknown_tokens_are_an_error_and_not_a_panic() {
     let pre = || split::PreTokenizer::named("gpt-2").unwrap();
-    assert!(ByteLevel::new(pre(), &["a", "b"], &["a b"]).is_err());
-    assert!(ByteLevel::new(pre(), &["a", "b"], &["ab"]).is_err());
-    assert!(ByteLevel::new(pre(), &["a", "b", "ab"], &["a b"]).is_ok());
+    assert!(ByteLevel::new(pre(), &["a", "b"], &[Kind::Normal; 2], &["a b"]).is_err());
+    assert!(ByteLevel::new(pre(), &["a", "b"], &[Kind::Normal; 2], &["ab"]).is_err());
+    assert!(ByteLevel::new(pre(), &["a", "b", "ab"], &[Kind::Normal; 3], &["a b"]).is_ok());
+}
+
+#[test]
+fn ids_equal_those_of_sentencepiece_with_and_without_an_added_space() {
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        add_space: bool,
+        tokens: Vec<String>,
+        scores: Vec<f32>,
+        kinds: Vec<u32>,
+        texts: Vec<(String, Vec<TokenId>)>,
+    }
+    let goldens: Vec<Golden> =
+        serde_json::from_str(include_str!("../../tests/sentencepiece_goldens.json")).unwrap();
+    for Golden { add_space, tokens, scores, kinds, texts } in goldens {
+        let names: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let kind = |number| match number {
+            2 => Kind::Unknown,
+            3 => Kind::Control,
+            4 => Kind::UserDefined,
+            6 => Kind::Byte,
+            _ => Kind::Normal,
+        };
+        let kinds: Vec<Kind> = kinds.into_iter().map(kind).collect();
+        let model = SentencePiece::new(&names, &kinds, scores, Some(0));
+        let finder = SpecialFinder::new(&names, &kinds).unwrap();
+        assert!(texts.len() >= 300);
+        for (text, expected) in texts {
+            let mut ids = Vec::new();
+            let mut each = |part: Part<'_>| {
+                match part {
+                    Part::Special(id) => ids.push(id),
+                    Part::Text { text, after_special } => {
+                        model.encode(text, add_space && after_special, &mut ids)
+                    }
+                }
+                Ok(())
+            };
+            finder.split(&text, Specials::Literal, &mut each).unwrap();
+            let shown = |ids: &[TokenId]| ids.iter().map(|&id| names[id as usize]).collect::<Vec<_>>();
+            assert_eq!(shown(&ids), shown(&expected), "{text:?}, space added: {add_space}");
+        }
+    }
+}
+
+#[test]
+fn a_word_that_spells_a_special_token_is_not_that_token() {
+    let texts = ["a", "b", "c", "ab", "abc", "ac"];
+    let mut kinds = [Kind::Normal; 6];
+    kinds[4] = Kind::Control;
+    let pre = split::PreTokenizer::named("llama-bpe").unwrap();
+    let model = ByteLevel::new(pre, &texts, &kinds, &["a b"]).unwrap();
+    let mut ids = Vec::new();
+    model.encode("abc", &mut ids).unwrap();
+    model.encode("ac", &mut ids).unwrap();
+    assert_eq!(ids, [3, 2, 5]);
+}
+
+#[test]
+fn a_turns_mark_is_text_when_a_user_writes_it_whatever_its_kind() {
+    let texts = ["<|user|>", "<b>", "</s>"];
+    let finder = SpecialFinder::new(&texts, &[Kind::UserDefined, Kind::UserDefined, Kind::Control]).unwrap();
+    let found = |specials| {
+        let mut found = Vec::new();
+        let mut each = |part: Part<'_>| {
+            if let Part::Special(id) = part {
+                found.push(id);
+            }
+            Ok(())
+        };
+        finder.split("a<|user|>b<b>c</s>", specials, &mut each).unwrap();
+        found
+    };
+    assert_eq!(found(Specials::Literal), [1]);
+    assert_eq!(found(Specials::Parse), [0, 1, 2]);
 }
 
 #[test]
