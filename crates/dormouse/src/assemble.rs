@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use dormouse_embed::Embedder;
 use dormouse_engine::Engine;
 use dormouse_kernels::{Cpu, PageLayout};
 use dormouse_kv::{Identity, KvError, Limits, OpenReport, PagePool};
@@ -30,6 +31,7 @@ pub struct Running {
     pub store: Store,
     pub engines: Vec<Engine>,
     pub pages: Vec<OpenPages>,
+    pub embedder: Option<Embedder>,
     pub quota: Bytes,
 }
 
@@ -42,18 +44,22 @@ pub struct OpenPages {
 }
 
 /// Opens everything under the data directory, which belongs to this process from then on.
-pub async fn assemble(config: &Config, models: &[ModelFile]) -> Result<Running> {
+pub async fn assemble(
+    config: &Config,
+    models: &[ModelFile],
+    embedding: Option<&ModelFile>,
+) -> Result<Running> {
     let mut names = HashSet::new();
-    if let Some(model) = models.iter().find(|model| !names.insert(&model.name)) {
+    if let Some(model) = models.iter().chain(embedding).find(|model| !names.insert(&model.name)) {
         bail!("two of the models are called '{}'; serve one of them", model.name);
     }
     // Mending a database or hashing weights takes as long as the disk needs; signals are listened to meanwhile.
-    let (settings, files) = (config.clone(), models.to_vec());
-    let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files));
-    let Opened { store, engines, pages, quota } =
+    let (settings, files, embedding) = (config.clone(), models.to_vec(), embedding.cloned());
+    let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files, embedding.as_ref()));
+    let Opened { store, engines, pages, embedder, quota } =
         opening.await.context("opening the data directory failed")??;
     let runtime = Runtime::open(store.clone(), engines.clone(), RuntimeOptions::default())?;
-    Ok(Running { runtime, store, engines, pages, quota })
+    Ok(Running { runtime, store, engines, pages, embedder, quota })
 }
 
 /// All that is opened before the first session is looked at.
@@ -61,12 +67,15 @@ struct Opened {
     store: Store,
     engines: Vec<Engine>,
     pages: Vec<OpenPages>,
+    embedder: Option<Embedder>,
     quota: Bytes,
 }
 
-fn open_all(config: &Config, models: &[ModelFile]) -> Result<Opened> {
+fn open_all(config: &Config, models: &[ModelFile], embedding: Option<&ModelFile>) -> Result<Opened> {
     let store = open_store(config)?;
     let quota = quota(config)?;
+    // First, because it is quick: a folder that cannot be used is told before weights of gigabytes are read.
+    let embedder = embedding.map(|file| start_embedder(config, file)).transpose()?;
     let mut engines = Vec::new();
     let mut pages = Vec::new();
     for file in models {
@@ -75,7 +84,12 @@ fn open_all(config: &Config, models: &[ModelFile]) -> Result<Opened> {
         engines.push(engine);
         pages.push(opened);
     }
-    Ok(Opened { store, engines, pages, quota })
+    Ok(Opened { store, engines, pages, embedder, quota })
+}
+
+fn start_embedder(config: &Config, file: &ModelFile) -> Result<Embedder> {
+    let started = Embedder::start(&file.name, &file.path, config.threads);
+    started.with_context(|| format!("embedding model '{}'", file.name))
 }
 
 /// Takes the data directory and opens its database.

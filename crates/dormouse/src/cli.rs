@@ -32,7 +32,7 @@ pub struct Cli {
 pub enum Command {
     /// Start the server; prints `ready http://HOST:PORT` once it answers
     #[command(after_help = "Examples:\n  \
-        dormouse serve --model smollm2\n  \
+        dormouse serve --model smollm2 --embedding-model all-MiniLM-L6-v2\n  \
         dormouse serve --model ./model.gguf --port 0 --data-dir /srv/dormouse\n  \
         DORMOUSE_API_KEY=… dormouse serve --host 0.0.0.0")]
     Serve(ServeArguments),
@@ -60,7 +60,7 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct ServeArguments {
-    /// Download the default model without asking, if it is needed
+    /// Download models that are needed and missing without asking
     #[arg(long)]
     pub yes: bool,
 }
@@ -182,7 +182,7 @@ pub enum ModelsCommand {
     Ls,
     /// Download a model's weights: resumes, and checks the sum
     Pull { name: String },
-    /// What is in a model: architecture, sizes, types, context, template, KV bytes per token
+    /// What is in a model, what memory it needs, and whether it will run here
     Inspect { model: String },
     /// Pack a model's quantised weights for this program's kernels, which `serve` does by itself when it is needed
     Pack { model: String },

@@ -227,7 +227,7 @@ impl Connection {
         }
         let models = weights::choose(config, false).await?;
         let config = Config { host: "127.0.0.1".into(), port: 0, api_key: None, ..config.clone() };
-        let server = Server::start(&config, models).await?;
+        let server = Server::start(&config, models, None).await?;
         Ok(Connection { client: Client::new(&server.url, None)?, local: Some(server) })
     }
 

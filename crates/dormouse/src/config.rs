@@ -24,6 +24,9 @@ pub struct Settings {
     /// Model to serve: a name from `dormouse models ls`, a GGUF file or a safetensors folder (repeatable)
     #[arg(long = "model", global = true, env = "DORMOUSE_MODEL", value_name = "NAME|PATH")]
     pub models: Vec<String>,
+    /// Model for /v1/embeddings: a name from `dormouse models ls`, or a folder of sentence-transformers with a BERT in it
+    #[arg(long, global = true, env = "DORMOUSE_EMBEDDING_MODEL", value_name = "NAME|PATH")]
+    pub embedding_model: Option<String>,
     /// Address to listen on; anything but this computer needs an API key [default: 127.0.0.1]
     #[arg(long, global = true, env = "DORMOUSE_HOST")]
     pub host: Option<String>,
@@ -90,6 +93,7 @@ fn speculation_values() -> impl TypedValueParser<Value = Speculation> {
 #[serde(deny_unknown_fields)]
 struct File {
     model: Option<OneOrMore>,
+    embedding_model: Option<String>,
     host: Option<String>,
     port: Option<u16>,
     data_dir: Option<PathBuf>,
@@ -114,6 +118,7 @@ enum OneOrMore {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub models: Vec<String>,
+    pub embedding_model: Option<String>,
     pub host: String,
     pub port: u16,
     pub data_dir: PathBuf,
@@ -220,6 +225,7 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
     }
     let config = Config {
         models: if flags.models.is_empty() { file_models } else { flags.models },
+        embedding_model: flags.embedding_model.or(file.embedding_model),
         host: flags.host.or(file.host).unwrap_or_else(|| "127.0.0.1".into()),
         port: flags.port.or(file.port).unwrap_or(DEFAULT_PORT),
         data_dir: std::path::absolute(&data_dir)
@@ -253,7 +259,8 @@ mod tests {
     fn flags_come_before_the_file_and_the_file_before_defaults() {
         let flags = Settings { port: Some(1), data_dir: Some("/data".into()), ..Settings::default() };
         let config =
-            merge(flags, file("port = 2\nthreads = 3\nmodel = \"smollm2\"\ndisk_quota = \"1GiB\"")).unwrap();
+            merge(flags, file("port = 2\nthreads = 3\nmodel = \"smollm2\"\ndisk_quota = \"1GiB\"\nembedding_model = \"mini\"")).unwrap();
+        assert_eq!(config.embedding_model.as_deref(), Some("mini"));
         assert_eq!((config.port, config.threads, config.models), (1, 3, vec!["smollm2".to_string()]));
         assert_eq!((config.disk_quota, config.durability), (Some(Bytes(1 << 30)), Durability::Power));
         assert_eq!(config.host, "127.0.0.1");

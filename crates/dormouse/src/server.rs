@@ -31,7 +31,8 @@ pub struct Server {
 fn known_models(config: &Config) -> Result<Vec<KnownModel>> {
     let known = |entry: &Entry| KnownModel {
         id: entry.name.clone(),
-        path: config.weights_dir().join(&entry.file),
+        kind: entry.kind.name(),
+        path: entry.weights_path(&config.weights_dir()),
         size_bytes: entry.size_bytes,
         context: entry.context,
         licence: entry.licence.clone(),
@@ -40,10 +41,15 @@ fn known_models(config: &Config) -> Result<Vec<KnownModel>> {
 }
 
 impl Server {
-    /// Opens the data directory, loads the models and begins to answer at the configured address.
-    pub async fn start(config: &Config, models: Vec<ModelFile>) -> Result<Server> {
+    /// Opens the data directory, loads the models and, where there is one, the embedding model, and begins to answer at
+    /// the configured address.
+    pub async fn start(
+        config: &Config,
+        models: Vec<ModelFile>,
+        embedding: Option<ModelFile>,
+    ) -> Result<Server> {
         config.check_exposure()?;
-        let running = assemble(config, &models).await?;
+        let running = assemble(config, &models, embedding.as_ref()).await?;
         let bound = TcpListener::bind((config.host.as_str(), config.port)).await;
         let listener = bound.with_context(|| {
             format!(
@@ -57,6 +63,7 @@ impl Server {
             api_key: config.api_key.clone(),
             loopback_only: address.ip().is_loopback(),
             known_models: known_models(config)?,
+            embedder: running.embedder.clone(),
             ..dormouse_server::Options::default()
         };
         // Before anyone can ask, and not before it is certain that this process is the server.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
-use dormouse_models::catalog::{self, DEFAULT_MODEL, Entry, Resolved};
+use dormouse_models::catalog::{self, DEFAULT_MODEL, Entry, Kind, Resolved};
 use dormouse_models::pull::{self, Endpoints, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -26,13 +26,28 @@ pub async fn choose(config: &Config, assume_yes: bool) -> Result<Vec<ModelFile>>
     };
     let mut files = Vec::with_capacity(names.len());
     for name in names {
-        let path = match catalog::resolve(name, &config.weights_dir())? {
-            Resolved::File(path) | Resolved::Catalog { path: Some(path), .. } => path,
-            Resolved::Catalog { entry, path: None } => offer(entry, config, assume_yes).await?,
-        };
-        files.push(ModelFile { name: name_of(name), path });
+        files.push(find(name, Kind::Chat, config, assume_yes).await?);
     }
     Ok(files)
+}
+
+/// The files of the configured embedding model, if there is one.
+pub async fn choose_embedding(config: &Config, assume_yes: bool) -> Result<Option<ModelFile>> {
+    match &config.embedding_model {
+        Some(name) => find(name, Kind::Embedding, config, assume_yes).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+async fn find(name: &str, kind: Kind, config: &Config, assume_yes: bool) -> Result<ModelFile> {
+    let path = match catalog::resolve(name, &config.weights_dir())? {
+        Resolved::Catalog { entry, .. } if entry.kind != kind => {
+            bail!("'{name}' is no {} model: serve it with {} {name}", kind.name(), flag(entry.kind))
+        }
+        Resolved::File(path) | Resolved::Catalog { path: Some(path), .. } => path,
+        Resolved::Catalog { entry, path: None } => offer(entry, config, assume_yes).await?,
+    };
+    Ok(ModelFile { name: name_of(name), path })
 }
 
 /// Whether the configured models, or the default one, can be served without a download.
@@ -72,10 +87,17 @@ async fn offer(entry: &Entry, config: &Config, assume_yes: bool) -> Result<PathB
             );
         }
         if !ask(&format!("Download {what} from {from}?")).await? {
-            bail!("without weights there is nothing to serve; name a file with --model PATH");
+            bail!("without weights there is nothing to serve; name a file with {} PATH", flag(entry.kind));
         }
     }
     pull_with_bar(entry, config).await
+}
+
+fn flag(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Chat => "--model",
+        Kind::Embedding => "--embedding-model",
+    }
 }
 
 /// Where an entry can come from, in the order it is tried.

