@@ -94,11 +94,6 @@ impl Form {
         matches!(self.scales, Scales::HalfMin | Scales::SuperMin)
     }
 
-    /// Blocks that share a header ([`Form::scale_offsets`]).
-    pub(crate) const fn blocks_a_header(&self) -> usize {
-        if self.is_super() { BLOCKS_PER_SUPER } else { 1 }
-    }
-
     /// Offset of a block's scales in its tile, and of the super-block's before them (the same where there is none).
     pub(crate) const fn scale_offsets(&self, block: usize) -> (usize, usize) {
         let factors = self.groups * TILE_ROWS * if self.has_minimum() { 2 } else { 1 };

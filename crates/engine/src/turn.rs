@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use dormouse_kernels::PAGE_TOKENS;
+use dormouse_kernels::KEY_GROUP;
 use dormouse_kv::{BlockTable, Ticket};
 use dormouse_models::{Model, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
@@ -13,8 +13,9 @@ use crate::{
     EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
 };
 
-/// Output tokens that wait for a commit at the most, and how long they wait at the most.
-const COMMIT_TOKENS: usize = 16;
+/// Positions that wait for a commit at the most, and how long they wait at the most. A commit falls due at multiples of it, as
+/// pages and their groups of keys end there: half a group would be written twice.
+const COMMIT_TOKENS: usize = KEY_GROUP;
 pub const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A turn that was submitted and has no pages yet.
@@ -152,10 +153,9 @@ impl Turn {
     /// Enough was gained, or it has waited long enough, or it is the last: losing less than a page keeps a crash cheap,
     /// and committing every token would not.
     pub fn commit_is_due(&self) -> bool {
-        let sealed_a_page = self.table.len() / PAGE_TOKENS > self.named / PAGE_TOKENS;
-        let enough = self.log.len() - self.durable >= COMMIT_TOKENS;
+        let enough = self.table.len() / COMMIT_TOKENS > self.named / COMMIT_TOKENS;
         let waited = self.last_commit.elapsed() >= COMMIT_INTERVAL;
-        self.has_gained() && (self.ending.is_some() || enough || sealed_a_page || waited)
+        self.has_gained() && (self.ending.is_some() || enough || waited)
     }
 
     /// What could not be written is not claimed: the turn fails, whatever it was about to say.

@@ -15,7 +15,7 @@ use super::activations::Block;
 use super::dots::Dots;
 use super::lanes::{LANES, Lanes, sixteen};
 use super::prefetch::prefetch;
-use crate::packed::{BLOCK, Form, Scales, main_bits};
+use crate::packed::{BLOCK, BLOCKS_PER_SUPER, Form, Scales, main_bits};
 
 /// How far before the codes that are multiplied memory is asked for more: what comes in while a core computes with two pages.
 const AHEAD: usize = 8 << 10;
@@ -37,7 +37,7 @@ pub fn tile_product<D: Dots, const P: usize, const T: usize>(
     let mut sums = [D::F::zero(); T];
     let mut header = (D::F::zero(), D::F::zero());
     for (block, lines) in codes.chunks_exact(form.code_bytes()).enumerate() {
-        if block % form.blocks_a_header() == 0 {
+        if form.is_super() && block % BLOCKS_PER_SUPER == 0 {
             header = header_of::<D>(form, scales, block);
         }
         if fresh {
@@ -141,7 +141,7 @@ fn scales_of<D: Dots>(
 ) -> (D::F, D::F) {
     let (at, _) = form.scale_offsets(block);
     match form.scales {
-        Scales::Half | Scales::Brain | Scales::HalfMin => header,
+        Scales::Half | Scales::Brain | Scales::HalfMin => header_of::<D>(form, scales, block),
         Scales::Super => (header.0.mul(D::F::load_i8(sixteen(scales, at + group * LANES))), header.1),
         Scales::SuperMin => {
             let factors = D::F::load_u8(sixteen(scales, at + 2 * group * LANES));
