@@ -188,3 +188,38 @@ impl PagePtr {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_has_bytes_of_its_own_and_what_is_held_is_theirs() {
+        for (dtype, head_dim) in [KvDtype::F16, KvDtype::Q8_0].into_iter().flat_map(|d| [(d, 24), (d, 64)]) {
+            let layout = PageLayout { layers: 1, kv_heads: 2, head_dim, dtype };
+            // Of each byte, the position that wrote it, counted from 1.
+            let mut memory = vec![0u32; layout.page_bytes().div_ceil(4)];
+            // SAFETY: the vector holds a page and outlives the pointer, which this test alone uses.
+            let page = unsafe { PagePtr::new(memory.as_mut_ptr().cast()) };
+            for position in 0..PAGE_TOKENS {
+                let row = vec![position as u8 + 1; layout.row_bytes()];
+                for head in 0..2 {
+                    page.write_key(&layout, layout.k_offset(0, head), position, &row);
+                    page.write(&layout, layout.v_offset(0, head) + position * row.len(), &row);
+                }
+            }
+            let bytes = page.bytes(&layout, 0, layout.page_bytes());
+            for positions in 0..=PAGE_TOKENS {
+                let mut end = 0;
+                let mut held = Vec::new();
+                for range in layout.held(positions) {
+                    assert!(range.start >= end && !range.is_empty(), "ascending");
+                    end = range.end;
+                    held.extend_from_slice(&bytes[range]);
+                }
+                assert_eq!(held.len(), positions * layout.token_bytes(), "{dtype:?} {head_dim} {positions}");
+                assert!(held.iter().all(|byte| (1..=positions).contains(&usize::from(*byte))));
+            }
+        }
+    }
+}
