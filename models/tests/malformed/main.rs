@@ -55,12 +55,9 @@ fn answer(opened: &Opened) {
     let rendered = opened.template.render(&[user.as_object().unwrap().clone()], &[], true);
     for text in ["a b", "", &rendered.unwrap_or_default()] {
         for specials in [Specials::Parse, Specials::Literal] {
-            let encoded = catch_unwind(AssertUnwindSafe(|| opened.tokenizer.encode(text, specials, true)));
-            match encoded {
-                Ok(Ok(ids)) => assert!(ids.iter().all(|id| opened.tokenizer.token_bytes(*id).is_some())),
-                Ok(Err(_)) => {}
-                // Some normalisers of the library fail on some texts: a request's failure, and no one else's.
-                Err(_) => assert!(!LAST_PANIC.take().is_empty(), "not the library's own panic"),
+            // Some normalisers of the library fail on some texts: an error then, and a request's only.
+            if let Ok(ids) = opened.tokenizer.encode(text, specials, true) {
+                assert!(ids.iter().all(|id| opened.tokenizer.token_bytes(*id).is_some()));
             }
         }
     }
