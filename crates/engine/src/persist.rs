@@ -18,6 +18,13 @@ pub struct Commit {
     pub turn: Option<String>,
 }
 
+impl Commit {
+    pub fn answer(self, outcome: Result<(), EngineError>) -> Acknowledgement {
+        let log_len = self.step.log_start + self.step.tokens.len();
+        Acknowledgement { ticket: self.ticket, turn: self.turn, log_len, outcome }
+    }
+}
+
 /// The outcome of a [`Commit`].
 pub struct Acknowledgement {
     pub ticket: Ticket,
@@ -28,7 +35,7 @@ pub struct Acknowledgement {
 }
 
 pub struct Persister {
-    commits: Option<mpsc::Sender<Commit>>,
+    groups: Option<mpsc::Sender<Vec<Commit>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -38,34 +45,33 @@ impl Persister {
         durability: Durability,
         answers: mpsc::Sender<Command>,
     ) -> std::io::Result<Persister> {
-        // Unbounded, but never longer than the running turns and one: each has at most one commit under way.
-        let (commits, queue) = mpsc::channel::<Commit>();
+        // Unbounded, but never holds more than the running turns' commits and one: each has at most one under way.
+        let (groups, queue) = mpsc::channel::<Vec<Commit>>();
         let thread = thread::Builder::new().name("dormouse-persist".into()).spawn(move || {
-            for commit in queue {
-                let outcome = persist(&store, durability, &commit);
-                let answer = Acknowledgement {
-                    ticket: commit.ticket,
-                    turn: commit.turn,
-                    log_len: commit.step.log_start + commit.step.tokens.len(),
-                    outcome,
-                };
-                if answers.send(Command::Persisted(answer)).is_err() {
+            for group in queue {
+                let outcomes = persist(&store, durability, &group);
+                let told = group.into_iter().zip(outcomes).map(|(commit, outcome)| commit.answer(outcome));
+                if answers.send(Command::Persisted(told.collect())).is_err() {
                     return; // the engine is gone, and with it everyone who waits
                 }
             }
         })?;
-        Ok(Persister { commits: Some(commits), thread: Some(thread) })
+        Ok(Persister { groups: Some(groups), thread: Some(thread) })
     }
 
-    /// Hands the commit over. False when the thread is gone.
-    pub fn send(&self, commit: Commit) -> bool {
-        self.commits.as_ref().is_some_and(|commits| commits.send(commit).is_ok())
+    /// Hands over commits that become durable together: those of turns, or removals alone. Gives them back when the thread
+    /// is gone.
+    pub fn send(&self, group: Vec<Commit>) -> Result<(), Vec<Commit>> {
+        match &self.groups {
+            Some(groups) => groups.send(group).map_err(|mpsc::SendError(group)| group),
+            None => Err(group),
+        }
     }
 }
 
 impl Drop for Persister {
     fn drop(&mut self) {
-        self.commits = None;
+        self.groups = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -75,16 +81,25 @@ impl Drop for Persister {
 }
 
 /// Bytes first, then their names: a crash between the two leaves unnamed bytes, never named garbage.
-fn persist(store: &Store, durability: Durability, commit: &Commit) -> Result<(), EngineError> {
-    commit.sync.sync(durability).map_err(|error| EngineError::Storage(error.to_string()))?;
-    let step = &commit.step;
-    let outcome = match commit.turn {
-        Some(_) => store.commit_step(step),
-        None => store.commit_pages(step.page_file, &step.pages, &step.removed),
-    };
-    outcome.map_err(|error| match error {
+fn persist(store: &Store, durability: Durability, group: &[Commit]) -> Vec<Result<(), EngineError>> {
+    let synced = group.iter().try_for_each(|commit| commit.sync.sync(durability));
+    let all = synced.map_err(|error| EngineError::Storage(error.to_string())).and_then(|()| match group {
+        [Commit { turn: None, step, .. }] => store
+            .commit_pages(step.page_file, &step.pages, &step.removed)
+            .map(|()| vec![Ok(())])
+            .map_err(failed),
+        _ => store.commit_steps(group.iter().map(|commit| commit.step.clone()).collect()).map_err(failed),
+    });
+    match all {
+        Ok(each) => each.into_iter().map(|outcome| outcome.map_err(failed)).collect(),
+        Err(error) => group.iter().map(|_| Err(error.clone())).collect(),
+    }
+}
+
+fn failed(error: StoreError) -> EngineError {
+    match error {
         StoreError::LeaseLost { .. } => EngineError::LeaseLost,
         StoreError::Full { .. } => EngineError::OutOfSpace(error.to_string()),
         other => EngineError::Storage(other.to_string()),
-    })
+    }
 }

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use dormouse_kernels::KEY_GROUP;
 use dormouse_kv::{BlockTable, Ticket};
 use dormouse_models::{Model, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
@@ -13,9 +12,8 @@ use crate::{
     EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
 };
 
-/// Positions that wait for a commit at the most, and how long they wait at the most. A commit falls due at multiples of it, as
-/// pages and their groups of keys end there: half a group would be written twice.
-const COMMIT_TOKENS: usize = KEY_GROUP;
+/// How long a token waits for a commit at the most. All running turns' gains become durable in one transaction; a turn that
+/// ends does not wait.
 pub const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A turn that was submitted and has no pages yet.
@@ -36,7 +34,8 @@ pub struct Turn {
     pub durable: usize,
     /// Positions of the table that a commit has named.
     pub named: usize,
-    pub last_commit: Instant,
+    /// The last commit left no open page to be synced later.
+    pub tail_is_synced: bool,
     pub in_flight: Option<Ticket>,
     history: History,
     text: OutputText,
@@ -73,7 +72,7 @@ impl Turn {
             log: prompt.to_vec(),
             durable: spec.log.len(),
             named: table.len(),
-            last_commit: Instant::now(),
+            tail_is_synced: true,
             in_flight: None,
             history,
             text: OutputText::new(model.tokenizer(), &spec.stop),
@@ -145,17 +144,20 @@ impl Turn {
         self.ending.get_or_insert(ending);
     }
 
-    /// Tokens or pages that no commit has named yet.
-    pub fn has_gained(&self) -> bool {
-        self.log.len() > self.durable || self.table.len() > self.named
+    /// Tokens or pages that no commit has named yet, or at the turn's end a page that none has synced.
+    fn has_gained(&self) -> bool {
+        let unsynced = self.ending.is_some() && !self.tail_is_synced;
+        self.log.len() > self.durable || self.table.len() > self.named || unsynced
     }
 
-    /// Enough was gained, or it has waited long enough, or it is the last: losing less than a page keeps a crash cheap,
-    /// and committing every token would not.
-    pub fn commit_is_due(&self) -> bool {
-        let enough = self.table.len() / COMMIT_TOKENS > self.named / COMMIT_TOKENS;
-        let waited = self.last_commit.elapsed() >= COMMIT_INTERVAL;
-        self.has_gained() && (self.ending.is_some() || enough || waited)
+    /// There is something to commit, and the commit before it is done.
+    pub fn can_commit(&self) -> bool {
+        self.in_flight.is_none() && !self.commits_failed && self.has_gained()
+    }
+
+    /// It has ended, and everything that it gained is durable or cannot become so.
+    pub fn is_over(&self) -> bool {
+        self.ending.is_some() && self.in_flight.is_none() && (self.commits_failed || !self.has_gained())
     }
 
     /// What could not be written is not claimed: the turn fails, whatever it was about to say.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use dormouse_kernels::Cpu;
-use dormouse_kv::PagePool;
+use dormouse_kv::{PagePool, Tail};
 use dormouse_models::decoder::Activations;
 use dormouse_models::{Model, TokenId};
 use dormouse_store::StepCommit;
@@ -28,11 +28,19 @@ pub enum Command {
     Submit(Box<TurnSpec>, UnboundedSender<Event>, Instant),
     Cancel(String),
     Claim(Vec<TokenId>, oneshot::Sender<Result<Claim, EngineError>>),
-    Unclaim { leaf_slot: u32, purge: bool },
+    Unclaim {
+        leaf_slot: u32,
+        purge: bool,
+    },
     Park(Vec<TokenId>, oneshot::Sender<u64>),
-    Resume { log: Vec<TokenId>, dry_run: bool, answer: oneshot::Sender<Receipt> },
+    Resume {
+        log: Vec<TokenId>,
+        dry_run: bool,
+        answer: oneshot::Sender<Receipt>,
+    },
     Stats(oneshot::Sender<EngineStats>),
-    Persisted(Acknowledgement),
+    /// The outcomes of commits that were handed over together, oldest first.
+    Persisted(Vec<Acknowledgement>),
     Shutdown(oneshot::Sender<()>),
 }
 
@@ -54,6 +62,8 @@ pub struct Worker {
 pub struct State {
     queue: VecDeque<Waiting>,
     running: Vec<Turn>,
+    /// When the running turns' gains were last sent to disk, all together.
+    last_commit: Option<Instant>,
     /// A commit of removals alone is on its way, or the last one failed.
     removals_in_flight: bool,
     removals_failed: Option<EngineError>,
@@ -162,7 +172,7 @@ impl Worker {
                     ..state.stats.clone()
                 });
             }
-            Command::Persisted(acknowledgement) => self.acknowledge(acknowledgement),
+            Command::Persisted(group) => self.acknowledge(group),
             Command::Shutdown(answer) => self.stop(answer),
         }
     }
@@ -289,19 +299,21 @@ impl Worker {
 
     /// Sends commits on their way and closes the turns that are over and durable. Whether there was anything to do.
     fn persist(&mut self) -> bool {
+        let all_are_due = self.state.last_commit.is_none_or(|at| at.elapsed() >= COMMIT_INTERVAL);
+        let is_due = |turn: &Turn| turn.can_commit() && (all_are_due || turn.ending.is_some());
+        let due: Vec<usize> =
+            (0..self.state.running.len()).filter(|index| is_due(&self.state.running[*index])).collect();
+        let mut did = !due.is_empty();
+        if did && all_are_due {
+            self.state.last_commit = Some(Instant::now());
+        }
+        let group: Vec<Commit> = due.into_iter().filter_map(|index| self.commit(index)).collect();
+        if !group.is_empty() {
+            self.send(group);
+        }
         let mut index = 0;
-        let mut did = false;
         while index < self.state.running.len() {
-            let turn = &self.state.running[index];
-            if turn.in_flight.is_none() && !turn.commits_failed && turn.commit_is_due() {
-                self.commit(index);
-                did = true;
-            }
-            let turn = &self.state.running[index];
-            if turn.ending.is_some()
-                && turn.in_flight.is_none()
-                && (turn.commits_failed || !turn.has_gained())
-            {
+            if self.state.running[index].is_over() {
                 let turn = self.state.running.remove(index);
                 self.pool.release(turn.close());
                 did = true;
@@ -316,19 +328,21 @@ impl Worker {
         did
     }
 
-    fn commit(&mut self, index: usize) {
+    /// The commit of what a turn gained; none, and the turn fails, when there can be none any more.
+    fn commit(&mut self, index: usize) -> Option<Commit> {
         let turn = &mut self.state.running[index];
-        let pending = match self.pool.commit(&mut turn.table) {
+        let tail = if turn.ending.is_some() { Tail::Synced } else { Tail::Named };
+        let pending = match self.pool.commit(&mut turn.table, tail) {
             Ok(pending) => pending,
             Err(error) => {
                 let failure = self.in_trouble(error.to_string());
                 self.state.running[index].fail_commit(failure);
-                return;
+                return None;
             }
         };
         turn.in_flight = Some(pending.ticket);
-        turn.last_commit = Instant::now();
         turn.named = pending.kv_len;
+        turn.tail_is_synced = tail == Tail::Synced;
         let step = StepCommit {
             session: turn.spec.session.clone(),
             fence: turn.spec.fence,
@@ -340,8 +354,8 @@ impl Worker {
             leaf_slot: pending.leaf_slot,
             kv_len: pending.kv_len,
         };
-        let turn_id = Some(turn.spec.turn.clone());
-        self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: turn_id });
+        let turn = Some(turn.spec.turn.clone());
+        Some(Commit { ticket: pending.ticket, sync: pending.sync, step, turn })
     }
 
     /// Tells the catalog of pages that were evicted, damaged or deleted, if there are any and it is not told already.
@@ -361,30 +375,36 @@ impl Worker {
             ..StepCommit::default()
         };
         self.state.removals_in_flight = true;
-        self.send(Commit { ticket: pending.ticket, sync: pending.sync, step, turn: None });
+        self.send(vec![Commit { ticket: pending.ticket, sync: pending.sync, step, turn: None }]);
         Ok(())
     }
 
-    fn send(&mut self, commit: Commit) {
-        let (ticket, turn, log_len) = (commit.ticket, commit.turn.clone(), commit.step.log_start);
-        if !self.persister.send(commit) {
-            let outcome = Err(self.in_trouble("the thread that writes commits has stopped; restart".into()));
-            self.acknowledge(Acknowledgement { ticket, turn, log_len, outcome });
+    fn send(&mut self, group: Vec<Commit>) {
+        if let Err(group) = self.persister.send(group) {
+            let failure = self.in_trouble("the thread that writes commits has stopped; restart".into());
+            self.acknowledge(group.into_iter().map(|commit| commit.answer(Err(failure.clone()))).collect());
         }
     }
 
-    fn acknowledge(&mut self, answer: Acknowledgement) {
-        match &answer.outcome {
-            Ok(()) => {
-                self.pool.acknowledge(answer.ticket);
-                self.state.stats.commits += 1;
-            }
-            Err(error) => {
-                tracing::error!("a commit failed: {error}");
-                self.pool.withdraw(answer.ticket);
-                self.state.stats.commit_failures += 1;
-            }
+    /// Of commits that failed together, the newest is withdrawn first: each gives back what it took over.
+    fn acknowledge(&mut self, group: Vec<Acknowledgement>) {
+        for done in group.iter().filter(|answer| answer.outcome.is_ok()) {
+            self.pool.acknowledge(done.ticket);
+            self.state.stats.commits += 1;
         }
+        for (failed, error) in
+            group.iter().rev().filter_map(|answer| Some((answer, answer.outcome.as_ref().err()?)))
+        {
+            tracing::error!("a commit failed: {error}");
+            self.pool.withdraw(failed.ticket);
+            self.state.stats.commit_failures += 1;
+        }
+        for answer in group {
+            self.tell(answer);
+        }
+    }
+
+    fn tell(&mut self, answer: Acknowledgement) {
         let Some(id) = answer.turn else {
             self.state.removals_in_flight = false;
             self.state.removals_failed = answer.outcome.err();

@@ -15,6 +15,17 @@ use crate::table::{BlockTable, TableId};
 /// With more ranges than this, one `fdatasync` of the file is cheaper: every `msync` waits for the disk's cache.
 const MOST_RANGES_TO_SYNC: usize = 4;
 
+/// What a commit does with a table's last page while that may still grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tail {
+    /// Its entry is written, its bytes stay to be synced when the page is sealed or the table ends. After a power cut its
+    /// checksum tells whether they were written by then; if not, this page is computed again. Syncing a page at every few
+    /// positions would write it to disk as often, and take the memory mapping from under the threads that compute.
+    Named,
+    /// It is synced as sealed pages are.
+    Synced,
+}
+
 /// Names a commit until it is acknowledged or withdrawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
@@ -39,7 +50,7 @@ pub struct PendingCommit {
 /// The bytes that a commit names, for a thread that may wait for the disk.
 #[derive(Debug)]
 pub struct SyncRange {
-    ranges: Vec<MappedRange>,
+    pub(crate) ranges: Vec<MappedRange>,
     file: Arc<File>,
     path: PathBuf,
     poisoned: Arc<AtomicBool>,
@@ -90,13 +101,14 @@ impl SyncRange {
 
 impl PagePool {
     /// Names what the catalog does not know yet of the table's pages, and all removals since the last commit. A
-    /// session's claim moves to the table's last page.
+    /// session's claim moves to the table's last page. `tail` says whether the last page is synced before it is sealed.
     ///
     /// # Errors
     /// `Poisoned` after a failed sync.
-    pub fn commit(&mut self, table: &mut BlockTable) -> Result<PendingCommit, KvError> {
+    pub fn commit(&mut self, table: &mut BlockTable, tail: Tail) -> Result<PendingCommit, KvError> {
         self.check_poison()?;
         let rows = self.name_pages(table);
+        let unsynced = self.take_unsynced(table, tail);
         let leaf_slot = table.nodes.last().copied();
         let claim = self.table_claims.get(&table.id).copied();
         let claim = claim.map(|from| ClaimMove { table: table.id, from, to: leaf_slot });
@@ -105,7 +117,7 @@ impl PagePool {
             self.move_claim(claim.from, claim.to);
         }
         self.evict_ahead();
-        Ok(self.send(rows, claim, leaf_slot, table.len))
+        Ok(self.send(rows, unsynced, claim, leaf_slot, table.len))
     }
 
     /// A commit of the removals alone; `None` if there are none.
@@ -117,7 +129,7 @@ impl PagePool {
         if self.removals.is_empty() {
             return Ok(None);
         }
-        Ok(Some(self.send(Vec::new(), None, None, 0)))
+        Ok(Some(self.send(Vec::new(), Vec::new(), None, None, 0)))
     }
 
     /// Says that the commit's transaction is durable: slots of its removed pages become free.
@@ -137,7 +149,8 @@ impl PagePool {
         let Some(mut failed) = self.finish(ticket) else { return };
         for slot in failed.slots {
             if self.tree.contains(slot) {
-                self.tree.node_mut(slot).committed = 0;
+                let node = self.tree.node_mut(slot);
+                (node.committed, node.synced) = (0, 0);
             }
         }
         failed.removed.append(&mut self.removals);
@@ -185,6 +198,19 @@ impl PagePool {
         rows
     }
 
+    /// The pages of the table whose bytes this commit has to sync.
+    fn take_unsynced(&mut self, table: &BlockTable, tail: Tail) -> Vec<u32> {
+        let mut slots = Vec::new();
+        for slot in table.nodes.iter().copied() {
+            let node = self.tree.node_mut(slot);
+            if node.synced < node.committed && (node.is_sealed() || tail == Tail::Synced) {
+                node.synced = node.committed;
+                slots.push(slot);
+            }
+        }
+        slots
+    }
+
     fn move_claim(&mut self, from: Option<u32>, to: Option<u32>) {
         if let Some(to) = to {
             self.tree.node_mut(to).claims += 1;
@@ -197,6 +223,7 @@ impl PagePool {
     fn send(
         &mut self,
         rows: Vec<PageRow>,
+        unsynced: Vec<u32>,
         claim: Option<ClaimMove>,
         leaf_slot: Option<u32>,
         kv_len: usize,
@@ -208,9 +235,9 @@ impl PagePool {
             // The page that was to take the claims may have been removed since.
             page.parent_slot = self.awaiting.get(&page.slot).copied().flatten();
         }
-        let slots: Vec<u32> = rows.iter().map(|row| row.slot).collect();
+        let slots: Vec<u32> = rows.iter().map(|row| row.slot).chain(unsynced.iter().copied()).collect();
         let sync = SyncRange {
-            ranges: self.file.ranges(slots.iter().copied()),
+            ranges: self.file.ranges(unsynced),
             file: Arc::clone(&self.file.file),
             path: self.path().to_path_buf(),
             poisoned: Arc::clone(&self.poisoned),

@@ -24,7 +24,7 @@ mod table;
 mod tests;
 mod tree;
 
-pub use commit::{PendingCommit, SyncRange, Ticket};
+pub use commit::{PendingCommit, SyncRange, Tail, Ticket};
 pub use error::KvError;
 pub use file::set_aside;
 pub use identity::Identity;

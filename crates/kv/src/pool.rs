@@ -335,8 +335,12 @@ impl PagePool {
             assert_eq!(node.committed, node.tokens.len(), "unchecked pages are as the catalog names them");
             let found = self.checksum(slot, node.committed);
             if found != node.checksum {
-                let expected = node.checksum;
-                tracing::error!(path = %self.path().display(), slot, found, expected, "a KV page is damaged");
+                let (path, expected) = (self.path().display(), node.checksum);
+                if node.is_sealed() {
+                    tracing::error!(%path, slot, found, expected, "a KV page is damaged");
+                } else {
+                    tracing::error!(%path, slot, found, expected, "an open KV page is damaged, or power went before it was synced");
+                }
                 return false;
             }
             self.tree.node_mut(slot).verified = true;

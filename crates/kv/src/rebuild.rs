@@ -49,6 +49,8 @@ pub(crate) fn rebuild(chain: Chain, slots: u32, rows: Vec<PageRow>) -> Rebuilt {
                 let node = tree.insert(row.slot, parent, row.tokens);
                 node.committed = node.tokens.len();
                 node.named = node.committed;
+                // An open tail may have been named before its bytes were synced.
+                node.synced = if sealed { PAGE_TOKENS } else { 0 };
                 node.checksum = row.checksum;
                 if sealed {
                     parents.push(Some(row.slot));

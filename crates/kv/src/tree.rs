@@ -38,6 +38,8 @@ pub(crate) struct Node {
     /// Most positions that any entry handed out ever covered. They are never written again, and the slot of a page
     /// with such an entry is free only when the catalog has forgotten it.
     pub(crate) named: usize,
+    /// Positions that were handed out to be synced, or were on disk when the file was opened.
+    pub(crate) synced: usize,
 }
 
 impl Node {
@@ -146,6 +148,7 @@ impl Tree {
             committed: 0,
             checksum: 0,
             named: 0,
+            synced: 0,
         });
         self.used += 1;
         if sealed {

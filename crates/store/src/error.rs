@@ -48,6 +48,14 @@ impl StoreError {
         matches!(self, StoreError::Damaged(_))
     }
 
+    /// One session's step was refused before it changed anything; the others of its transaction go on.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            StoreError::LeaseLost { .. } | StoreError::WrongPosition { .. } | StoreError::SessionNotFound(_)
+        )
+    }
+
     pub(crate) fn file(what: &'static str, path: &std::path::Path, why: std::io::Error) -> StoreError {
         if why.kind() == std::io::ErrorKind::StorageFull {
             return StoreError::Full(format!("{what} {}", path.display()));

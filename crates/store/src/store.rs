@@ -96,13 +96,20 @@ impl Store {
         self.ask(|owner, answer| answer(owner.close())).await
     }
 
-    /// One transaction, blocking: appends the step's tokens to the session's log, upserts its pages, deletes the
+    /// One transaction, blocking: for each step appends its tokens to its session's log, upserts its pages, deletes the
     /// removed ones (sessions whose path ended there fall back to the parent) and moves the session's leaf. When it
     /// returns, all of it is durable.
-    /// Errors: `LeaseLost` for a stale fence, `WrongPosition` when `log_start` is not the log's length, `Full`.
-    pub fn commit_step(&self, step: &StepCommit) -> Result<(), StoreError> {
-        let step = step.clone();
-        self.write_blocking(move |db| catalog::commit_step(db, &step))
+    /// Errors: a step that is refused changes nothing and does not stop the others: `LeaseLost` for a stale fence,
+    /// `WrongPosition` when `log_start` is not the log's length, `SessionNotFound`. Any other error, as `Full`, is
+    /// everybody's: nothing was changed.
+    pub fn commit_steps(&self, steps: Vec<StepCommit>) -> Result<Vec<Result<(), StoreError>>, StoreError> {
+        self.write_blocking(move |db| {
+            let commit = |step: &StepCommit| match catalog::commit_step(db, step) {
+                Err(why) if why.is_refusal() => Ok(Err(why)),
+                committed => committed.map(Ok),
+            };
+            steps.iter().map(commit).collect()
+        })
     }
 
     /// Page rows without a session's step (removals after damage, eviction or a deleted session), blocking.

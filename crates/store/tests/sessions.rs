@@ -84,10 +84,18 @@ async fn a_session_has_one_writer_and_an_old_writer_is_shut_out() {
         tokens: vec![4],
         ..Default::default()
     };
-    assert!(matches!(store.commit_step(&step), Err(StoreError::LeaseLost { fence: 1, found: 2, .. })));
+    let commit = |steps: Vec<StepCommit>| store.commit_steps(steps).unwrap();
+    let [Err(StoreError::LeaseLost { fence: 1, found: 2, .. })] = commit(vec![step.clone()])[..] else {
+        panic!()
+    };
     let step = StepCommit { fence: successor.fence, log_start: 2, ..step };
-    assert!(matches!(store.commit_step(&step), Err(StoreError::WrongPosition { at: 2, found: 3, .. })));
-    store.commit_step(&StepCommit { log_start: 3, ..step }).unwrap();
+    // Who is refused does not stop the others of the same transaction.
+    let right = StepCommit { log_start: 3, ..step.clone() };
+    let [Err(StoreError::WrongPosition { at: 2, found: 3, .. }), Ok(())] = commit(vec![step, right])[..]
+    else {
+        panic!()
+    };
+    assert_eq!(store.token_log("s").await.unwrap(), [1, 2, 3, 4]);
     let finish = FinishTurn {
         session: "s".into(),
         turn: "turn_at_0".into(),
@@ -197,7 +205,7 @@ async fn removing_pages_moves_the_claims_of_their_sessions_to_what_stays() {
         leaf_slot: Some(3),
         kv_len: 150,
     };
-    store.commit_step(&step).unwrap();
+    store.commit_steps(vec![step.clone()]).unwrap().remove(0).unwrap();
     assert_eq!(store.claims(file).unwrap(), [(3, 1)]);
     assert_eq!(store.load_pages(file).unwrap(), step.pages);
     // An open tail that grew replaces its row.

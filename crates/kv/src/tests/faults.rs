@@ -166,7 +166,7 @@ fn unsynced_bytes_lost_with_power_never_reach_a_reader() {
     rig.fill(&mut pool, &log[..100], 0);
     let mut table = attach(&mut pool, &log).table;
     compute(&mut pool, &mut table, &log).unwrap();
-    let lost = pool.commit(&mut table).unwrap();
+    let lost = pool.commit(&mut table, Tail::Synced).unwrap();
     lost.sync.sync(Durability::None).unwrap();
     let tail = lost.rows.last().unwrap().slot;
     drop((lost, pool));
@@ -175,16 +175,58 @@ fn unsynced_bytes_lost_with_power_never_reach_a_reader() {
 }
 
 #[test]
+fn a_tail_that_was_named_before_it_was_synced_costs_itself_when_power_goes() {
+    let mut rig = Rig::new(64);
+    let log = tokens(1, 150);
+    let mut pool = rig.open();
+    let mut table = attach(&mut pool, &log).table;
+    compute(&mut pool, &mut table, &log[..100]).unwrap();
+    let commit = pool.commit(&mut table, Tail::Named).unwrap();
+    commit.sync.sync(Durability::Power).unwrap();
+    rig.catalog.apply(&commit, Some(0));
+    let tail = commit.rows.last().unwrap().slot;
+    drop((commit, pool));
+    // The process died and the bytes did not: all of it is there.
+    assert_eq!(attach(&mut rig.open(), &log).restored, 100);
+    change(&rig, HEADER_BYTES + u64::from(tail) * 8192, |byte| !byte);
+    let mut pool = rig.open();
+    let attached = attach(&mut pool, &log);
+    assert_eq!((attached.restored, attached.damaged), (64, vec![tail]));
+}
+
+#[test]
+fn every_byte_of_a_table_is_synced_once_it_is_sealed_or_its_turn_ends() {
+    let rig = Rig::new(64);
+    let mut pool = rig.open();
+    let log = tokens(1, 150);
+    let mut table = attach(&mut pool, &log).table;
+    let mut synced = |pool: &mut PagePool, positions: usize, tail: Tail| -> usize {
+        compute(pool, &mut table, &log[..positions]).unwrap();
+        let commit = pool.commit(&mut table, tail).unwrap();
+        let bytes = commit.sync.ranges.iter().map(|range| range.len).sum::<usize>();
+        pool.acknowledge(commit.ticket);
+        bytes / 8192
+    };
+    assert_eq!(synced(&mut pool, 50, Tail::Named), 0);
+    assert_eq!(synced(&mut pool, 100, Tail::Named), 1, "the page that was sealed");
+    assert_eq!(synced(&mut pool, 110, Tail::Named), 0);
+    assert_eq!(synced(&mut pool, 110, Tail::Synced), 1, "the tail, though nothing was added to it");
+    assert_eq!(synced(&mut pool, 110, Tail::Synced), 0);
+    assert_eq!(synced(&mut pool, 120, Tail::Synced), 1);
+    assert_eq!(synced(&mut pool, 150, Tail::Synced), 2, "the rest of one page, and the next");
+}
+
+#[test]
 fn a_poisoned_pool_commits_nothing_more() {
     let mut rig = Rig::new(64);
     let mut pool = rig.open();
     rig.fill(&mut pool, &tokens(1, 10), 0);
     let mut table = attach(&mut pool, &tokens(1, 10)).table;
-    let earlier = pool.commit(&mut table).unwrap();
+    let earlier = pool.commit(&mut table, Tail::Synced).unwrap();
     pool.poison();
     assert!(pool.is_poisoned());
     assert!(matches!(earlier.sync.sync(Durability::Power), Err(KvError::Poisoned { .. })));
-    assert!(matches!(pool.commit(&mut table), Err(KvError::Poisoned { .. })));
+    assert!(matches!(pool.commit(&mut table, Tail::Synced), Err(KvError::Poisoned { .. })));
     assert!(matches!(pool.commit_removals(), Err(KvError::Poisoned { .. })));
 }
 

@@ -11,7 +11,7 @@ use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
 use dormouse_store::PageRow;
 use tempfile::TempDir;
 
-use crate::{Attached, BlockTable, Identity, KvError, Limits, OpenReport, PagePool, PendingCommit};
+use crate::{Attached, BlockTable, Identity, KvError, Limits, OpenReport, PagePool, PendingCommit, Tail};
 
 /// Four runs of 64 rows of 32 bytes: a page of 8 KiB, two memory pages.
 const LAYOUT: PageLayout = PageLayout { layers: 2, kv_heads: 1, head_dim: 16, dtype: KvDtype::F16 };
@@ -84,7 +84,7 @@ impl Rig {
         table: &mut BlockTable,
         session: Option<usize>,
     ) -> PendingCommit {
-        let commit = pool.commit(table).unwrap();
+        let commit = pool.commit(table, Tail::Synced).unwrap();
         commit.sync.sync(dormouse_store::Durability::Power).unwrap();
         self.catalog.apply(&commit, session);
         pool.acknowledge(commit.ticket);

@@ -225,7 +225,7 @@ fn a_withdrawn_commit_is_repeated_whole_by_the_next() {
     let mut table = attach(&mut pool, &log).table;
     pool.set_claim(&mut table, None);
     compute(&mut pool, &mut table, &log).unwrap();
-    let failed = pool.commit(&mut table).unwrap();
+    let failed = pool.commit(&mut table, Tail::Synced).unwrap();
     pool.withdraw(failed.ticket);
     assert_eq!(pool.stats().slots_claimed, 0);
     assert_eq!(pool.leaf_of(&log), (None, 0));

@@ -73,7 +73,7 @@ pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, in
         let log_start = start + input + 3 * step as usize;
         tokio::task::spawn_blocking(move || {
             store
-                .commit_step(&StepCommit {
+                .commit_steps(vec![StepCommit {
                     session,
                     fence: row.fence,
                     log_start,
@@ -83,7 +83,9 @@ pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, in
                     removed: vec![],
                     leaf_slot: Some(slot),
                     kv_len: log_start + 3,
-                })
+                }])
+                .unwrap()
+                .remove(0)
                 .unwrap();
         })
         .await
