@@ -2,6 +2,7 @@
 //!
 //! A template comes from a downloaded file, so its size, its steps, its depth and its output are bounded.
 
+mod abilities;
 mod limits;
 mod python;
 
@@ -9,6 +10,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
@@ -21,6 +23,7 @@ use crate::gguf::GgufFile;
 use crate::safetensors::SafetensorsFolder;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightSource;
+pub use abilities::{Abilities, WrittenCall};
 use limits::{Bounded, SOURCE_LIMIT, check_source, on_deep_stack};
 
 /// The plain ChatML turns that most small models have seen.
@@ -36,6 +39,7 @@ pub struct ChatTemplate {
     bos: String,
     eos: String,
     is_default: bool,
+    abilities: OnceLock<Abilities>,
 }
 
 impl ChatTemplate {
@@ -105,6 +109,7 @@ impl ChatTemplate {
             bos: bos.to_owned(),
             eos: eos.to_owned(),
             is_default,
+            abilities: OnceLock::new(),
         })
     }
 
@@ -122,6 +127,11 @@ impl ChatTemplate {
     /// Whether the model brought no template, and ChatML stands in.
     pub fn is_default(&self) -> bool {
         self.is_default
+    }
+
+    /// What the template shows of a conversation; found out once, by rendering examples.
+    pub fn abilities(&self) -> &Abilities {
+        self.abilities.get_or_init(|| Abilities::of(self))
     }
 
     /// The prompt text of a conversation. Messages and tools have the shapes of the Chat Completions API.

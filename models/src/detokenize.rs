@@ -11,23 +11,31 @@ pub struct TextStream {
     /// The beginning of a UTF-8 character whose end is still to come; at most 3 bytes.
     pending: Vec<u8>,
     drop_space: bool,
+    /// Control tokens that give text.
+    shown: Vec<TokenId>,
 }
 
 impl TextStream {
     /// For tokens that follow others, as a model's answer follows its prompt: no space is dropped.
     pub fn new(tokenizer: Arc<Tokenizer>) -> TextStream {
-        TextStream { tokenizer, pending: Vec::new(), drop_space: false }
+        TextStream { tokenizer, pending: Vec::new(), drop_space: false, shown: Vec::new() }
     }
 
     /// For tokens that are a whole text: the space that the tokenizer put before it is dropped.
     pub fn from_start(tokenizer: Arc<Tokenizer>) -> TextStream {
         let drop_space = tokenizer.adds_space();
-        TextStream { tokenizer, pending: Vec::new(), drop_space }
+        TextStream { tokenizer, pending: Vec::new(), drop_space, shown: Vec::new() }
     }
 
-    /// The characters that became certain with this token. Control tokens and unknown ids give none.
+    /// With the text of these control tokens too: marks that the text's reader looks for.
+    pub fn showing(mut self, tokens: &[TokenId]) -> TextStream {
+        self.shown = tokens.to_vec();
+        self
+    }
+
+    /// The characters that became certain with this token. Control tokens that are not shown and unknown ids give none.
     pub fn push(&mut self, token: TokenId) -> String {
-        if self.tokenizer.is_control(token) {
+        if self.tokenizer.is_control(token) && !self.shown.contains(&token) {
             return String::new();
         }
         let Some(mut bytes) = self.tokenizer.token_bytes(token) else {

@@ -305,6 +305,19 @@ impl Tokenizer {
         }
     }
 
+    /// Whether special tokens are written out in `text` that only [`Specials::Parse`] takes for tokens.
+    pub fn mentions_special(&self, text: &str) -> Result<bool, ModelError> {
+        match &self.encoder {
+            Encoder::ByteLevel { specials, .. } | Encoder::SentencePiece { specials, .. } => {
+                Ok(specials.finds_more(text))
+            }
+            Encoder::Library(_) => {
+                Ok(self.encode(text, Specials::Parse, false)?
+                    != self.encode(text, Specials::Literal, false)?)
+            }
+        }
+    }
+
     /// The bytes that a token stands for, which need not be whole UTF-8 characters; None where there is no such token.
     pub fn token_bytes(&self, id: TokenId) -> Option<&[u8]> {
         self.tokens.get(id)
@@ -464,6 +477,12 @@ impl SpecialFinder {
         let marks = texts.iter().zip(kinds).zip(0..);
         self.swallowing =
             marks.filter(|((text, kind), _)| special(**kind) && swallows(text)).map(|(_, id)| id).collect();
+    }
+
+    /// Whether the text has a special token that a user's own text would not have.
+    fn finds_more(&self, text: &str) -> bool {
+        let found = |found: aho_corasick::Match| self.all.ids[found.pattern()];
+        self.all.automaton.find_iter(text).map(found).any(|id| !self.plain.ids.contains(&id))
     }
 
     fn split<'t>(

@@ -103,9 +103,9 @@ class Server:
             log.seek(self.log_start)
             return log.read().decode(errors="replace")
 
-    def openai(self, max_retries=0):
+    def openai(self, max_retries=0, api_key="none"):
         base_url = f"{self.url}/v1"
-        return openai.OpenAI(base_url=base_url, api_key="none", max_retries=max_retries, timeout=PATIENCE_SECONDS)
+        return openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=PATIENCE_SECONDS)
 
     # The sessions API in one call each; an error answer fails the test with its text.
 

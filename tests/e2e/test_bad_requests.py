@@ -85,10 +85,7 @@ def test_a_field_of_a_wrong_type_or_range_is_named(field, server):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("functions", [{"name": "f"}]),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
     ("modalities", ["audio"]),
     ("audio", {"voice": "x"}),
 ])
@@ -139,7 +136,7 @@ def test_a_turn_and_a_session_of_wrong_types_are_refused_by_name(server):
     for field, value in [("name", 5), ("name", ""), ("name", "a/b"), ("metadata", {"a": 5}), ("seed", "x"),
                          ("ttl_seconds", -1), ("pinned", "x"), ("instructions", 5), ("kv_dtype", "f64"),
                          ("tools", [{"type": "function"}])]:
-        assert error(server.http.post("/v1/sessions", json={field: value}), 400)["param"] == field
+        assert error(server.http.post("/v1/sessions", json={field: value}), 400)["param"].startswith(field)
     for body in ({}, {"to": -1}, {"to": "x"}, {"to": 5.5}):
         assert error(server.http.post(f"/v1/sessions/{session}/rewind", json=body), 400)["param"] == "to"
     assert server.items(session) == []

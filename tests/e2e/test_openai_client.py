@@ -191,8 +191,8 @@ def test_a_busy_session_is_a_conflict_error(ask, server):
 
 def test_unsupported_meanings_are_refused_and_unknown_fields_ignored(ask):
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(response_format={"type": "json_object"})
-    assert caught.value.param == "response_format"
+        ask(modalities=["text", "audio"])
+    assert caught.value.param == "modalities"
     assert ask(extra_body={"something_new": {"a": 1}}, user="me", max_tokens=2).choices
 
 

@@ -167,7 +167,10 @@ fn open_pages(
     let path = config.pages_dir().join(&name);
     // Named without its folder, so that a data directory can be moved or copied.
     let file = store.page_file(Path::new(&name), identity.fingerprint, TENANT, &describe_layout(&layout))?;
-    let limits = Limits { quota_bytes: quota.0 };
+    // Of several models each has its part.
+    let models = config.models.len().max(1) as u64;
+    let ram_bytes = config.ram_budget.map(|budget| budget.0 / models);
+    let limits = Limits { quota_bytes: quota.0, ram_bytes };
     if !path.exists() {
         // Rows without their file name nothing; a new file must not be read through them.
         store.forget_pages(file)?;

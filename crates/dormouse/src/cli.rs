@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
+use dormouse_session::Scope;
 
 use crate::config::Settings;
 
@@ -34,7 +36,8 @@ pub enum Command {
     #[command(after_help = "Examples:\n  \
         dormouse serve --model smollm2 --embedding-model all-MiniLM-L6-v2\n  \
         dormouse serve --model ./model.gguf --port 0 --data-dir /srv/dormouse\n  \
-        DORMOUSE_API_KEY=… dormouse serve --host 0.0.0.0")]
+        dormouse keys create laptop && dormouse serve --host 0.0.0.0\n  \
+        dormouse serve --cors-origin https://app.example")]
     Serve(ServeArguments),
     /// Talk to a model; /help lists what can be typed
     #[command(after_help = "Examples:\n  \
@@ -48,6 +51,14 @@ pub enum Command {
     Run(RunArguments),
     /// List, show, fork, rewind, park, resume and delete sessions
     Sessions(SessionsArguments),
+    /// Make, list and revoke API keys
+    #[command(after_help = "Examples:\n  \
+        dormouse keys create laptop\n  \
+        dormouse keys create ci --tenant team-a --scope inference --requests-per-minute 60 --concurrency 4\n  \
+        dormouse keys create ops --scope admin\n  \
+        dormouse keys revoke ci                  a running server refuses it from then on\n\n\
+        While a server runs, keys are changed through it, with an admin key if it needs one (--api-key).")]
+    Keys(KeysArguments),
     /// List, download and inspect models
     #[command(subcommand)]
     Models(ModelsCommand),
@@ -174,6 +185,40 @@ pub enum SessionsCommand {
         #[arg(long)]
         follow: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct KeysArguments {
+    #[command(subcommand)]
+    pub command: KeysCommand,
+    #[command(flatten)]
+    pub server: Where,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// A new key; its secret is printed once, and only its hash is kept
+    Create {
+        /// What the key is called in lists
+        name: String,
+        /// Whose sessions it sees, and nobody else's [default: default]
+        #[arg(long)]
+        tenant: Option<String>,
+        /// What it may do: chat and its like, sessions as objects, or everything (repeatable)
+        #[arg(long = "scope", value_name = "SCOPE", value_delimiter = ',', default_values = ["inference", "sessions"],
+              value_parser = PossibleValuesParser::new(Scope::ALL.map(Scope::name)))]
+        scopes: Vec<String>,
+        /// Most requests in a minute [default: no limit]
+        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        requests_per_minute: Option<u32>,
+        /// Most requests on their way at once [default: no limit]
+        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        concurrency: Option<u32>,
+    },
+    /// All keys, revoked ones too
+    Ls,
+    /// Take a key back, by name or id; a running server refuses it at once
+    Revoke { key: String },
 }
 
 #[derive(Debug, Subcommand)]

@@ -102,7 +102,7 @@ impl Client {
         let parsed: Value = serde_json::from_str(&text).unwrap_or_default();
         let mut message = parsed["error"]["message"].as_str().unwrap_or(&text).to_string();
         if status == StatusCode::UNAUTHORIZED {
-            message = "this server needs its API key: give it with --api-key, or set DORMOUSE_API_KEY".into();
+            message += "; give a key with --api-key, or set DORMOUSE_API_KEY";
         }
         Err(ServerError { status, message }.into())
     }
@@ -226,7 +226,8 @@ impl Connection {
             return Ok(Connection { client, local: None });
         }
         let models = weights::choose(config, false).await?;
-        let config = Config { host: "127.0.0.1".into(), port: 0, api_key: None, ..config.clone() };
+        let config =
+            Config { host: "127.0.0.1".into(), port: 0, api_key: None, require_key: false, ..config.clone() };
         let server = Server::start(&config, models, None).await?;
         Ok(Connection { client: Client::new(&server.url, None)?, local: Some(server) })
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use clap::builder::{BoolishValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use dormouse_engine::Speculation;
 use dormouse_kernels::{KvDtype, Precision};
 use dormouse_store::Durability;
@@ -48,6 +48,9 @@ pub struct Settings {
     /// What activations are rounded to before quantised weights: int16 gives the tokens of exact arithmetic, slower [default: int8]
     #[arg(long, global = true, env = "DORMOUSE_ACTIVATIONS", value_parser = activations_values())]
     pub activations: Option<Precision>,
+    /// Most RAM that KV pages may keep; idle sessions leave it first [default: what the operating system lets them]
+    #[arg(long, global = true, env = "DORMOUSE_RAM_BUDGET", value_name = "SIZE")]
+    pub ram_budget: Option<Bytes>,
     /// Most bytes that page files may take [default: 20GiB, at most half of the free disk]
     #[arg(long, global = true, env = "DORMOUSE_DISK_QUOTA", value_name = "SIZE")]
     pub disk_quota: Option<Bytes>,
@@ -57,9 +60,22 @@ pub struct Settings {
     /// Guess tokens ahead from the session's own text; answers stay the same, only faster [default: ngram]
     #[arg(long, global = true, env = "DORMOUSE_SPECULATION", value_parser = speculation_values())]
     pub speculation: Option<Speculation>,
-    /// Key that clients must send as `Authorization: Bearer KEY`
+    /// Key to ask a server with, and that a server takes as its owner's: clients must then send one as
+    /// `Authorization: Bearer KEY`. More keys: `dormouse keys`
     #[arg(long, global = true, env = "DORMOUSE_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// Ask programs on this computer for a key too
+    #[arg(long, global = true, env = "DORMOUSE_REQUIRE_KEY", value_parser = BoolishValueParser::new())]
+    pub require_key: bool,
+    /// Let web pages of this origin use the server, e.g. https://app.example (repeatable)
+    #[arg(
+        long = "cors-origin",
+        global = true,
+        env = "DORMOUSE_CORS_ORIGIN",
+        value_name = "ORIGIN",
+        value_delimiter = ','
+    )]
+    pub cors_origins: Vec<String>,
 }
 
 fn durability_values() -> impl TypedValueParser<Value = Durability> {
@@ -101,10 +117,13 @@ struct File {
     ctx: Option<usize>,
     kv_dtype: Option<String>,
     activations: Option<String>,
+    ram_budget: Option<Bytes>,
     disk_quota: Option<Bytes>,
     durability: Option<Durability>,
     speculation: Option<Speculation>,
     api_key: Option<String>,
+    require_key: Option<bool>,
+    cors_origin: Option<OneOrMore>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -112,6 +131,16 @@ struct File {
 enum OneOrMore {
     One(String),
     More(Vec<String>),
+}
+
+impl OneOrMore {
+    fn list(this: Option<OneOrMore>) -> Vec<String> {
+        match this {
+            None => Vec::new(),
+            Some(OneOrMore::One(one)) => vec![one],
+            Some(OneOrMore::More(more)) => more,
+        }
+    }
 }
 
 /// Every setting, checked.
@@ -126,10 +155,13 @@ pub struct Config {
     pub context: Option<usize>,
     pub kv_dtype: KvDtype,
     pub activations: Precision,
+    pub ram_budget: Option<Bytes>,
     pub disk_quota: Option<Bytes>,
     pub durability: Durability,
     pub speculation: Speculation,
     pub api_key: Option<String>,
+    pub require_key: bool,
+    pub cors_origins: Vec<String>,
 }
 
 impl Config {
@@ -152,16 +184,19 @@ impl Config {
         self.data_dir.join("pages")
     }
 
-    /// Fails for a host that others can reach, unless there is a key.
-    pub fn check_exposure(&self) -> Result<()> {
-        if self.api_key.is_some() || self.is_loopback()? {
-            return Ok(());
+    /// Why whoever asks the server must have a key; None where they need not.
+    pub fn key_needed(&self) -> Result<Option<String>> {
+        if !self.is_loopback()? {
+            let host = &self.host;
+            return Ok(Some(format!(
+                "--host {host} can be reached from other computers, so it needs an API key"
+            )));
         }
-        bail!(
-            "--host {} can be reached from other computers, so it needs an API key: set DORMOUSE_API_KEY, or listen \
-             on 127.0.0.1",
-            self.host
-        )
+        if self.require_key {
+            return Ok(Some("--require-key asks every program for an API key".into()));
+        }
+        let own = self.api_key.as_ref().map(|_| "the server has a key of its own (--api-key)".into());
+        Ok(own)
     }
 
     fn is_loopback(&self) -> Result<bool> {
@@ -183,11 +218,10 @@ fn read_file(path: &Path) -> Result<File> {
 }
 
 fn merge(flags: Settings, file: File) -> Result<Config> {
-    let file_models = match file.model {
-        None => Vec::new(),
-        Some(OneOrMore::One(model)) => vec![model],
-        Some(OneOrMore::More(models)) => models,
-    };
+    let file_models = OneOrMore::list(file.model);
+    let file_origins = OneOrMore::list(file.cors_origin);
+    let cors_origins = if flags.cors_origins.is_empty() { file_origins } else { flags.cors_origins };
+    cors_origins.iter().try_for_each(|origin| check_origin(origin))?;
     let data_dir = match flags.data_dir.or(file.data_dir) {
         Some(path) => path,
         None => directories::BaseDirs::new()
@@ -234,12 +268,35 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         context: flags.context.or(file.ctx),
         kv_dtype,
         activations,
+        ram_budget: flags.ram_budget.or(file.ram_budget),
         disk_quota: flags.disk_quota.or(file.disk_quota),
         durability: flags.durability.or(file.durability).unwrap_or_default(),
         speculation: flags.speculation.or(file.speculation).unwrap_or_default(),
         api_key,
+        require_key: flags.require_key || file.require_key.unwrap_or(false),
+        cors_origins,
     };
     Ok(config)
+}
+
+/// Origins are compared as browsers write them, so they must be written just so. `*` is none: it would let every page that
+/// is ever opened here use the server.
+fn check_origin(origin: &str) -> Result<()> {
+    let Some((scheme, host)) = origin.split_once("://") else {
+        bail!("--cors-origin {origin}: expected an origin as browsers send it, e.g. https://app.example")
+    };
+    let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']' | '_');
+    let is_scheme = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
+    if scheme.is_empty() || host.is_empty() || !scheme.chars().all(is_scheme) || !host.chars().all(is_host) {
+        bail!("--cors-origin {origin}: expected scheme://host or scheme://host:port and nothing after it")
+    }
+    if origin.chars().any(|c| c.is_ascii_uppercase()) {
+        bail!(
+            "--cors-origin {origin}: browsers write origins in small letters: {}",
+            origin.to_ascii_lowercase()
+        )
+    }
+    Ok(())
 }
 
 /// The cores of this machine, all of them: the engine's threads park when there is nothing to do.
@@ -298,10 +355,34 @@ mod tests {
             };
             merge(flags, File::default()).unwrap()
         };
-        assert!(config("127.0.0.1", None).check_exposure().is_ok());
-        assert!(config("::1", None).check_exposure().is_ok());
-        assert!(config("0.0.0.0", None).check_exposure().is_err());
-        assert!(config("0.0.0.0", Some("key")).check_exposure().is_ok());
+        let needed = |host: &str, key: Option<&str>| config(host, key).key_needed().unwrap().is_some();
+        assert!(!needed("127.0.0.1", None) && !needed("::1", None));
+        assert!(
+            needed("0.0.0.0", None) && needed("0.0.0.0", Some("key")) && needed("127.0.0.1", Some("key"))
+        );
+    }
+
+    #[test]
+    fn origins_are_as_browsers_write_them() {
+        let origins = |list: &[&str]| {
+            let flags = Settings {
+                cors_origins: list.iter().map(|origin| origin.to_string()).collect(),
+                data_dir: Some("/data".into()),
+                ..Settings::default()
+            };
+            merge(flags, file("cors_origin = \"https://file.example\"")).map(|config| config.cors_origins)
+        };
+        assert_eq!(origins(&[]).unwrap(), ["https://file.example"]);
+        for good in
+            ["https://app.example", "http://localhost:3000", "http://[::1]:5", "chrome-extension://abc"]
+        {
+            assert_eq!(origins(&[good]).unwrap(), [good]);
+        }
+        for bad in
+            ["*", "null", "app.example", "https://app.example/", "https://*.example", "https://App.example"]
+        {
+            assert!(origins(&[bad]).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -63,6 +63,7 @@ async fn run(cli: Cli, config: Config) -> Result<ExitCode> {
         Command::Chat(arguments) => commands::chat::chat(&config, arguments).await?,
         Command::Run(arguments) => commands::run::run(&config, arguments, cli.json).await?,
         Command::Sessions(arguments) => commands::sessions::sessions(&config, arguments, cli.json).await?,
+        Command::Keys(arguments) => commands::keys::run(&config, arguments, cli.json).await?,
         Command::Models(command) => return commands::models::models(&config, command, cli.json).await,
         Command::Bench(command) => bench::bench(&config, command, cli.json).await?,
         Command::Doctor => return commands::doctor::doctor(&config, cli.json).await,

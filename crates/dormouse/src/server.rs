@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::assemble::{Running, assemble};
+use crate::commands::keys;
 use crate::config::Config;
 use crate::weights::ModelFile;
 
@@ -48,8 +49,8 @@ impl Server {
         models: Vec<ModelFile>,
         embedding: Option<ModelFile>,
     ) -> Result<Server> {
-        config.check_exposure()?;
         let running = assemble(config, &models, embedding.as_ref()).await?;
+        keys::check_there_is_one(config, &running.store).await?;
         let bound = TcpListener::bind((config.host.as_str(), config.port)).await;
         let listener = bound.with_context(|| {
             format!(
@@ -61,6 +62,8 @@ impl Server {
         let url = format!("http://{address}");
         let options = dormouse_server::Options {
             api_key: config.api_key.clone(),
+            require_key: config.key_needed()?.is_some(),
+            cors_origins: config.cors_origins.clone(),
             loopback_only: address.ip().is_loopback(),
             known_models: known_models(config)?,
             embedder: running.embedder.clone(),
@@ -68,7 +71,7 @@ impl Server {
         };
         // Before anyone can ask, and not before it is certain that this process is the server.
         let recovered_turns = running.runtime.recover().await?;
-        let router = dormouse_server::router(running.runtime.clone(), options);
+        let router = dormouse_server::router(running.runtime.clone(), options).await?;
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(dormouse_server::serve(listener, router, async {
             // A sender that is gone stops the server just as well.

@@ -1,5 +1,9 @@
 //! What the engine takes and gives back.
 
+use std::sync::Arc;
+
+use dormouse_grammar::{ConstraintError, Grammar};
+use dormouse_kv::Realm;
 use dormouse_models::TokenId;
 
 use crate::Sampling;
@@ -18,6 +22,8 @@ pub enum Priority {
 pub struct TurnSpec {
     pub session: String,
     pub turn: String,
+    /// Whose pages may be used, and who may use this turn's.
+    pub realm: Realm,
     /// Fencing number of the session's lease, checked by every commit.
     pub fence: u64,
     /// The session's whole durable token log. On a resumed turn it already ends with the turn's first output tokens.
@@ -30,11 +36,18 @@ pub struct TurnSpec {
     pub covered: usize,
     pub claim: Option<u32>,
     pub sampling: Sampling,
+    /// Report the log-probability of every prompt token and this many alternatives: then nothing is restored, and every
+    /// prompt token is computed.
+    pub prompt_logprobs: Option<u8>,
     /// Most output tokens, counted from `output_start`.
     pub max_tokens: usize,
     /// Output ends before the first occurrence of any of these in its text.
     pub stop: Vec<String>,
-    /// Do not end at the model's end-of-generation tokens.
+    /// Control tokens that the output's text shows, because they mean something to its reader.
+    pub shown: Vec<TokenId>,
+    /// What the output may be; None: anything. Made from what the turn's record holds, so that it is the same after a crash.
+    pub grammar: Option<Arc<Grammar>>,
+    /// Do not end at the model's end-of-generation tokens (but where a grammar is satisfied).
     pub ignore_eos: bool,
     pub priority: Priority,
 }
@@ -44,6 +57,8 @@ pub struct TurnSpec {
 pub enum Event {
     /// The turn left the queue; the receipt of what its resume found.
     Started(Receipt),
+    /// Comes before the first token where `prompt_logprobs` asked for it: of the prompt's tokens from the second on.
+    Prompt(Vec<TokenLogprob>),
     Token(TokenOutput),
     /// The last event.
     Finished(Finish),
@@ -125,6 +140,9 @@ pub struct Receipt {
     /// Bytes that had to come from disk (not resident in the page cache when asked for).
     pub bytes_read: u64,
     pub queue_ms: f64,
+    /// How long the turn stood still because other turns needed its pages.
+    #[serde(default)]
+    pub paused_ms: f64,
     pub ttft_ms: f64,
     /// Guessed tokens that were computed ahead (speculation), and those of them that became output.
     #[serde(default)]
@@ -147,6 +165,8 @@ pub enum EngineError {
     LeaseLost,
     #[error("{0}")]
     Storage(String),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     #[error("the engine has stopped")]
     Stopped,
 }

@@ -1,10 +1,11 @@
 //! [`Engine`]: the handle through which everyone else speaks to the engine thread.
 
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Instant;
 
+use dormouse_grammar::{Compiler, Grammar, GrammarError, GrammarRequest};
 use dormouse_kernels::Cpu;
-use dormouse_kv::PagePool;
+use dormouse_kv::{PagePool, Realm};
 use dormouse_models::{Model, TokenId};
 use dormouse_store::{Durability, Store};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -34,6 +35,8 @@ struct Inner {
     page_file: i64,
     commands: mpsc::Sender<Command>,
     trouble: Arc<Mutex<Option<String>>>,
+    /// Made when the first answer is to be constrained.
+    compiler: OnceLock<Result<Compiler, GrammarError>>,
 }
 
 impl Drop for Inner {
@@ -58,7 +61,7 @@ impl Engine {
         let (commands, inbox) = mpsc::channel();
         let trouble = Arc::new(Mutex::new(None));
         let persister = Persister::start(store, durability, commands.clone())?;
-        let inner = Inner { model, page_file, commands, trouble };
+        let inner = Inner { model, page_file, commands, trouble, compiler: OnceLock::new() };
         let (model, trouble) = (Arc::clone(&inner.model), Arc::clone(&inner.trouble));
         std::thread::Builder::new().name(format!("dormouse-engine-{}", inner.model.name)).spawn(
             move || {
@@ -80,6 +83,16 @@ impl Engine {
         self.inner.page_file
     }
 
+    /// The grammar of answers of this form, for [`TurnSpec::grammar`]; None when they may be anything. Compiled at the first
+    /// request of the form, which takes milliseconds; the very first takes a tenth of a second.
+    pub fn grammar(&self, request: &GrammarRequest) -> Result<Option<Arc<Grammar>>, GrammarError> {
+        if request.is_free() {
+            return Ok(None);
+        }
+        let compiler = self.inner.compiler.get_or_init(|| Compiler::new(self.inner.model.tokenizer()));
+        compiler.as_ref().map_err(GrammarError::clone)?.compile(request)
+    }
+
     /// Runs a turn whose input is already in the durable token log. Its events end with `Finished` or `Failed`.
     pub fn submit(&self, spec: TurnSpec) -> Result<UnboundedReceiver<Event>, EngineError> {
         let (events, receiver) = unbounded_channel();
@@ -93,9 +106,9 @@ impl Engine {
         let _ = self.send(Command::Cancel(turn.to_owned()));
     }
 
-    /// Lets a durable session point at the pages of `log`, so that they count as its own.
-    pub async fn claim(&self, log: Vec<TokenId>) -> Result<Claim, EngineError> {
-        self.ask(|answer| Command::Claim(log, answer)).await?
+    /// Lets a durable session point at the realm's pages of `log`, so that they count as its own.
+    pub async fn claim(&self, realm: Realm, log: Vec<TokenId>) -> Result<Claim, EngineError> {
+        self.ask(|answer| Command::Claim(realm, log, answer)).await?
     }
 
     /// Takes a claim back. `purge`: delete the pages that nobody else uses.
@@ -106,14 +119,19 @@ impl Engine {
         }
     }
 
-    /// Gives back the RAM of the pages of `log`; answers how many bytes that were.
-    pub async fn park(&self, log: Vec<TokenId>) -> Result<u64, EngineError> {
-        self.ask(|answer| Command::Park(log, answer)).await
+    /// Gives back the RAM of the realm's pages of `log`; answers how many bytes that were.
+    pub async fn park(&self, realm: Realm, log: Vec<TokenId>) -> Result<u64, EngineError> {
+        self.ask(|answer| Command::Park(realm, log, answer)).await
     }
 
-    /// Brings the pages of `log` into RAM and checks them; with `dry_run` only says what that would take.
-    pub async fn resume(&self, log: Vec<TokenId>, dry_run: bool) -> Result<Receipt, EngineError> {
-        self.ask(|answer| Command::Resume { log, dry_run, answer }).await
+    /// Brings the realm's pages of `log` into RAM and checks them; with `dry_run` only says what that would take.
+    pub async fn resume(
+        &self,
+        realm: Realm,
+        log: Vec<TokenId>,
+        dry_run: bool,
+    ) -> Result<Receipt, EngineError> {
+        self.ask(|answer| Command::Resume { realm, log, dry_run, answer }).await
     }
 
     pub async fn stats(&self) -> Result<EngineStats, EngineError> {

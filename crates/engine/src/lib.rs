@@ -18,6 +18,8 @@ pub use api::{
     EngineError, Event, Finish, FinishReason, Miss, Priority, Receipt, Tier, TokenLogprob, TokenOutput,
     TurnSpec,
 };
+pub use dormouse_grammar::{Grammar, GrammarError, GrammarRequest};
+pub use dormouse_kv::Realm;
 pub use handle::{Claim, Engine};
 pub use output_text::OutputText;
 pub use sampling::Sampling;

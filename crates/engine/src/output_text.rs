@@ -17,9 +17,10 @@ pub struct OutputText {
 }
 
 impl OutputText {
-    pub fn new(tokenizer: &Arc<Tokenizer>, stop: &[String]) -> OutputText {
+    /// `shown`: control tokens that give text, see [`TextStream::showing`].
+    pub fn new(tokenizer: &Arc<Tokenizer>, stop: &[String], shown: &[TokenId]) -> OutputText {
         OutputText {
-            stream: TextStream::new(Arc::clone(tokenizer)),
+            stream: TextStream::new(Arc::clone(tokenizer)).showing(shown),
             stop: stop.to_vec(),
             held: String::new(),
             stopped: false,

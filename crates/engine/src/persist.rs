@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
-use dormouse_kv::{SyncRange, Ticket};
+use dormouse_kv::{PageOut, SyncRange, Ticket};
 use dormouse_store::{Durability, StepCommit, Store, StoreError};
 
 use crate::EngineError;
@@ -34,8 +34,14 @@ pub struct Acknowledgement {
     pub outcome: Result<(), EngineError>,
 }
 
+/// What the thread is asked.
+enum Job {
+    Commit(Vec<Commit>),
+    PageOut(PageOut),
+}
+
 pub struct Persister {
-    groups: Option<mpsc::Sender<Vec<Commit>>>,
+    jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -45,10 +51,18 @@ impl Persister {
         durability: Durability,
         answers: mpsc::Sender<Command>,
     ) -> std::io::Result<Persister> {
-        // Unbounded, but never holds more than the running turns' commits and one: each has at most one under way.
-        let (groups, queue) = mpsc::channel::<Vec<Commit>>();
+        // Unbounded, but never holds more than the running turns' commits and one, each has at most one under way, and
+        // what has to leave RAM.
+        let (jobs, queue) = mpsc::channel();
         let thread = thread::Builder::new().name("dormouse-persist".into()).spawn(move || {
-            for group in queue {
+            for job in queue {
+                let group = match job {
+                    Job::Commit(group) => group,
+                    Job::PageOut(out) => {
+                        out.carry_out();
+                        continue;
+                    }
+                };
                 let outcomes = persist(&store, durability, &group);
                 let told = group.into_iter().zip(outcomes).map(|(commit, outcome)| commit.answer(outcome));
                 if answers.send(Command::Persisted(told.collect())).is_err() {
@@ -56,22 +70,29 @@ impl Persister {
                 }
             }
         })?;
-        Ok(Persister { groups: Some(groups), thread: Some(thread) })
+        Ok(Persister { jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Hands over commits that become durable together: those of turns, or removals alone. Gives them back when the thread
     /// is gone.
     pub fn send(&self, group: Vec<Commit>) -> Result<(), Vec<Commit>> {
-        match &self.groups {
-            Some(groups) => groups.send(group).map_err(|mpsc::SendError(group)| group),
-            None => Err(group),
-        }
+        let Some(jobs) = &self.jobs else { return Err(group) };
+        jobs.send(Job::Commit(group)).map_err(|mpsc::SendError(job)| match job {
+            Job::Commit(group) => group,
+            Job::PageOut(_) => Vec::new(),
+        })
+    }
+
+    /// Gives RAM back, after the commits before it.
+    pub fn page_out(&self, out: PageOut) {
+        // Without the thread there are no commits either, and whoever needs one hears of it.
+        let _ = self.jobs.as_ref().map(|jobs| jobs.send(Job::PageOut(out)));
     }
 }
 
 impl Drop for Persister {
     fn drop(&mut self) {
-        self.groups = None;
+        self.jobs = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use dormouse_grammar::{Constraint, ConstraintError};
+
 use crate::TokenLogprob;
 
 /// A request's sampling settings, already validated.
@@ -80,8 +82,34 @@ impl Sampling {
 
     /// Chooses the token at `position` of the log. Alters `logits` (length: vocabulary).
     ///
-    /// The order is: bias, penalties, temperature, top-k, top-p, min-p, one draw. Ties go to the smaller token id.
-    pub fn choose(&self, logits: &mut [f32], history: &History, position: usize) -> u32 {
+    /// The order is: bias, penalties, the grammar, temperature, top-k, top-p, min-p, one draw. Ties go to the smaller token id.
+    pub fn choose(
+        &self,
+        logits: &mut [f32],
+        history: &History,
+        constraint: Option<&mut Constraint>,
+        position: usize,
+    ) -> Result<u32, ConstraintError> {
+        self.adjust(logits, history);
+        let greedy = self.temperature == 0.0 || self.top_k == 1;
+        if let Some(constraint) = constraint {
+            // The likeliest of all is the likeliest of those that are allowed, if it is one of them: no need to know the others.
+            if greedy {
+                let best = argmax(logits);
+                if constraint.allows(best)? {
+                    return Ok(best);
+                }
+            }
+            constraint.mask(logits)?;
+        }
+        let best = argmax(logits);
+        if greedy {
+            return Ok(best);
+        }
+        Ok(self.draw(logits, logits[best as usize], uniform(self.seed, position as u64)))
+    }
+
+    fn adjust(&self, logits: &mut [f32], history: &History) {
         for (token, bias) in &self.logit_bias {
             if let Some(logit) = logits.get_mut(*token as usize) {
                 *logit += bias;
@@ -100,11 +128,6 @@ impl Sampling {
                 }
             }
         }
-        let best = argmax(logits);
-        if self.temperature == 0.0 || self.top_k == 1 {
-            return best;
-        }
-        self.draw(logits, logits[best as usize], uniform(self.seed, position as u64))
     }
 
     fn draw(&self, logits: &[f32], largest: f32, uniform: f64) -> u32 {
@@ -201,13 +224,17 @@ fn uniform(seed: u64, position: u64) -> f64 {
 mod tests {
     use super::*;
 
+    fn choose(sampling: &Sampling, logits: &mut [f32], history: &History, position: usize) -> u32 {
+        sampling.choose(logits, history, None, position).unwrap()
+    }
+
     fn logits() -> Vec<f32> {
         (0..50).map(|i| ((i * 31 % 50) as f32) / 10.0).collect()
     }
 
     fn chosen(sampling: &Sampling, draws: usize) -> Vec<u32> {
         let mut tokens: Vec<u32> =
-            (0..draws).map(|p| sampling.choose(&mut logits(), &History::default(), p)).collect();
+            (0..draws).map(|p| choose(sampling, &mut logits(), &History::default(), p)).collect();
         tokens.sort_unstable();
         tokens.dedup();
         tokens
@@ -216,7 +243,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_likeliest_and_the_smaller_id_of_a_tie() {
         let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-        assert_eq!(greedy.choose(&mut [1.0, 3.0, 3.0, 2.0], &History::default(), 0), 1);
+        assert_eq!(choose(&greedy, &mut [1.0, 3.0, 3.0, 2.0], &History::default(), 0), 1);
     }
 
     #[test]
@@ -244,7 +271,7 @@ mod tests {
         let mut counts = [0f64; 4];
         let draws = 40_000;
         for position in 0..draws {
-            counts[sampling.choose(&mut row.clone(), &History::default(), position) as usize] += 1.0;
+            counts[choose(&sampling, &mut row.clone(), &History::default(), position) as usize] += 1.0;
         }
         let weights = row.map(|l| (f64::from(l) / 0.7).exp());
         let total: f64 = weights.iter().sum();
@@ -258,7 +285,7 @@ mod tests {
     #[test]
     fn a_draw_is_a_function_of_seed_and_position() {
         let at = |seed, position| {
-            Sampling { seed, ..Sampling::default() }.choose(&mut logits(), &History::default(), position)
+            choose(&Sampling { seed, ..Sampling::default() }, &mut logits(), &History::default(), position)
         };
         assert_eq!((at(5, 9), at(5, 9)), (at(5, 9), at(5, 9)));
         assert!((0..64).any(|p| at(5, p) != at(6, p)));
@@ -270,7 +297,7 @@ mod tests {
         let history = History::new(&[1], &[2, 2]);
         let after = |sampling: Sampling| {
             let mut row = [1.0f32, 2.0, 2.0, -2.0];
-            sampling.choose(&mut row, &history, 0);
+            choose(&sampling, &mut row, &history, 0);
             row
         };
         let greedy = Sampling { temperature: 0.0, ..Sampling::default() };

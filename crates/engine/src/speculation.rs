@@ -109,6 +109,23 @@ impl Drafter {
         }
     }
 
+    /// Whether [`Drafter::hint`] is of use.
+    pub fn takes_hints(&self) -> bool {
+        matches!(self.source, Source::Ngram(_))
+    }
+
+    /// These tokens follow, if the sampler cuts the text as the tokenizer does.
+    pub fn hint(&mut self, tokens: Vec<TokenId>) {
+        self.guesses = tokens;
+        self.guesses.truncate(DRAFT_MOST + 1);
+        self.evidence = FORCED;
+    }
+
+    /// Forgets all guesses but the first.
+    pub fn truncate(&mut self, count: usize) {
+        self.guesses.truncate(count);
+    }
+
     pub fn guesses(&self) -> &[TokenId] {
         &self.guesses
     }
@@ -134,11 +151,14 @@ impl Drafter {
 
 /// How often guesses were right lately, by the number of tokens that agreed before them: two words in a row say little,
 /// a sentence that is being copied says much.
-struct Chances([f64; 4]);
+struct Chances([f64; 5]);
+
+/// The evidence of a grammar that leaves no choice.
+const FORCED: usize = 1 << 20;
 
 impl Default for Chances {
     fn default() -> Chances {
-        Chances([0.2, 0.4, 0.6, 0.8])
+        Chances([0.2, 0.4, 0.6, 0.8, 0.9])
     }
 }
 
@@ -158,7 +178,8 @@ impl Chances {
             0..=2 => 0,
             3..=4 => 1,
             5..=8 => 2,
-            _ => 3,
+            9..FORCED => 3,
+            _ => 4,
         }
     }
 }

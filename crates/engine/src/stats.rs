@@ -3,6 +3,9 @@
 pub struct EngineStats {
     pub running: usize,
     pub waiting: usize,
+    /// Turns whose pages others needed, and how often that happened.
+    pub paused: usize,
+    pub pauses: u64,
     pub steps: u64,
     /// Rows computed that were not sampled by the turn they belong to.
     pub prompt_tokens_computed: u64,

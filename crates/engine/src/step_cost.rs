@@ -43,7 +43,8 @@ impl StepCost {
         chance * self.of(rows as f64) > tokens * self.of_a_row()
     }
 
-    fn of(&self, rows: f64) -> f64 {
+    /// What a step of so many rows takes, in seconds; 0 before any was seen.
+    pub fn of(&self, rows: f64) -> f64 {
         self.seconds + (rows - self.rows) * self.of_a_row()
     }
 

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use dormouse_grammar::Constraint;
 use dormouse_kv::{BlockTable, Ticket};
-use dormouse_models::{Model, TokenId};
+use dormouse_models::{Model, Specials, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::sampling::History;
@@ -37,9 +38,15 @@ pub struct Turn {
     /// The last commit left no open page to be synced later.
     pub tail_is_synced: bool,
     pub in_flight: Option<Ticket>,
+    /// Its pages are to be given to others as soon as it is durable.
+    pub is_pausing: bool,
     history: History,
+    /// The prompt's log-probabilities so far, if they are wanted.
+    scores: Vec<TokenLogprob>,
     text: OutputText,
     pub drafter: Drafter,
+    /// Where the output stands in its grammar.
+    constraint: Option<Constraint>,
     pub receipt: Receipt,
     /// Set when nothing more is to be computed.
     pub ending: Option<Ending>,
@@ -74,12 +81,15 @@ impl Turn {
             named: table.len(),
             tail_is_synced: true,
             in_flight: None,
+            is_pausing: false,
             history,
-            text: OutputText::new(model.tokenizer(), &spec.stop),
+            scores: Vec::new(),
+            text: OutputText::new(model.tokenizer(), &spec.stop, &spec.shown),
             drafter: Drafter::new(
                 drafts,
                 spec.output_start.saturating_add(spec.max_tokens).min(model.context()),
             ),
+            constraint: spec.grammar.as_ref().map(|grammar| grammar.begin()),
             ending: None,
             commits_failed: false,
             table,
@@ -92,10 +102,43 @@ impl Turn {
         for at in turn.spec.output_start..turn.spec.log.len() {
             turn.publish(model, turn.spec.log[at], None);
         }
-        if turn.spec.max_tokens == 0 {
-            turn.end(Ending::Finish(FinishReason::Length));
+        if turn.unscored() == 0 {
+            turn.end_prompt();
         }
         turn
+    }
+
+    /// Positions to be computed whose logits are wanted for the log-probability of the prompt token after them.
+    pub fn unscored(&self) -> usize {
+        match self.spec.prompt_logprobs {
+            Some(_) => (self.spec.output_start - 1).saturating_sub(self.table.len()),
+            None => 0,
+        }
+    }
+
+    /// Takes the logits of the table's next positions, up to the last prompt token but one.
+    pub fn score<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) {
+        let Some(top) = self.spec.prompt_logprobs else { return };
+        let unscored = self.unscored();
+        let before = self.scores.len();
+        let next = self.table.len() + 1;
+        let score =
+            |(logits, token): (&[f32], &TokenId)| crate::sampling::logprobs(logits, *token, usize::from(top));
+        self.scores.extend(rows.zip(&self.log[next..]).map(score));
+        if unscored > 0 && self.scores.len() - before == unscored {
+            self.end_prompt();
+        }
+    }
+
+    /// The prompt is scored, or need not be.
+    fn end_prompt(&mut self) {
+        if self.spec.prompt_logprobs.is_some() {
+            let scores = std::mem::take(&mut self.scores);
+            self.say(Event::Prompt(scores));
+        }
+        if self.spec.max_tokens == 0 {
+            self.end(Ending::Finish(FinishReason::Length));
+        }
     }
 
     /// Positions whose KV is still to be computed. At least one while the turn is alive: the last token's.
@@ -109,11 +152,18 @@ impl Turn {
         most.saturating_sub(self.log.len())
     }
 
-    /// Chooses the next token from its logits and publishes it.
-    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) -> TokenId {
+    /// Chooses the next token from its logits and publishes it. None: the grammar failed, and with it the turn.
+    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) -> Option<TokenId> {
         let sampling = &self.spec.sampling;
         let raw = sampling.logprobs.map(|top| (logits.to_vec(), usize::from(top)));
-        let token = sampling.choose(logits, &self.history, self.log.len());
+        let chosen = sampling.choose(logits, &self.history, self.constraint.as_mut(), self.log.len());
+        let token = match chosen {
+            Ok(token) => token,
+            Err(error) => {
+                self.end(Ending::Fail(error.into()));
+                return None;
+            }
+        };
         if sampling.uses_history() {
             self.history.push(token);
         }
@@ -122,7 +172,26 @@ impl Turn {
         }
         let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
         self.publish(model, token, logprob);
-        token
+        Some(token)
+    }
+
+    /// Guesses at the tokens after the log's end: what the grammar leaves no choice about, else what the log suggests and the
+    /// grammar allows.
+    pub fn guess(&mut self, model: &Model) {
+        let guided = self.constraint.as_mut().filter(|_| self.drafter.takes_hints());
+        let Some(constraint) = guided else { return self.drafter.guess(&self.log) };
+        let forced = constraint.forced();
+        // Bytes in the middle of a character are no text; few are forced so.
+        let forced = std::str::from_utf8(&forced).unwrap_or_default();
+        if !forced.is_empty()
+            && let Ok(tokens) = model.tokenizer().encode(forced, Specials::Literal, false)
+        {
+            return self.drafter.hint(tokens);
+        }
+        self.drafter.guess(&self.log);
+        // An error will be met again when the token is chosen.
+        let allowed = constraint.allowed(self.drafter.guesses()).unwrap_or(0);
+        self.drafter.truncate(allowed);
     }
 
     /// Appends an output token to the log, says what text it made certain, and sees whether the turn is over.
@@ -131,7 +200,12 @@ impl Turn {
         self.log.push(token);
         let (text, stopped) = self.text.push(token);
         self.say(Event::Token(TokenOutput { index, token, text, logprob }));
-        let ended = !self.spec.ignore_eos && model.tokenizer().eog_tokens().contains(&token);
+        // Where a grammar is satisfied, nothing else could follow.
+        let may_end = !self.spec.ignore_eos || self.constraint.is_some();
+        let ended = may_end && model.tokenizer().eog_tokens().contains(&token);
+        if let Some(Err(error)) = self.constraint.as_mut().map(|constraint| constraint.advance(token)) {
+            self.end(Ending::Fail(error.into()));
+        }
         if stopped || ended {
             self.end(Ending::Finish(FinishReason::Stop));
         } else if index + 1 >= self.spec.max_tokens || self.log.len() >= model.context() {
@@ -146,8 +220,28 @@ impl Turn {
 
     /// Tokens or pages that no commit has named yet, or at the turn's end a page that none has synced.
     fn has_gained(&self) -> bool {
-        let unsynced = self.ending.is_some() && !self.tail_is_synced;
+        let unsynced = self.gives_up_pages() && !self.tail_is_synced;
         self.log.len() > self.durable || self.table.len() > self.named || unsynced
+    }
+
+    /// It has ended, or is about to pause.
+    pub fn gives_up_pages(&self) -> bool {
+        self.ending.is_some() || self.is_pausing
+    }
+
+    /// It is to pause, and everything that it gained is durable.
+    pub fn can_pause(&self) -> bool {
+        self.is_pausing && self.ending.is_none() && self.in_flight.is_none() && !self.has_gained()
+    }
+
+    /// Its pages were taken.
+    pub fn pause(&mut self) {
+        (self.is_pausing, self.named, self.tail_is_synced) = (false, 0, true);
+    }
+
+    /// When it was submitted.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// There is something to commit, and the commit before it is done.

@@ -1,5 +1,6 @@
 //! The engine thread: `schedule → forward → sample → publish → persist`, until told to stop.
 
+mod admission;
 mod step;
 
 use std::collections::VecDeque;
@@ -7,7 +8,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use dormouse_kernels::Cpu;
-use dormouse_kv::{PagePool, Tail};
+use dormouse_kv::{PagePool, Realm, Tail};
 use dormouse_models::decoder::Activations;
 use dormouse_models::{Model, TokenId};
 use dormouse_store::StepCommit;
@@ -19,21 +20,20 @@ use crate::speculation::DraftSource;
 use crate::step_cost::StepCost;
 use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
 use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
-
-/// Turns that hold pages at once; the others wait in the queue.
-const RUNNING_MOST: usize = 32;
+use admission::Paused;
 
 /// What the engine thread is asked.
 pub enum Command {
     Submit(Box<TurnSpec>, UnboundedSender<Event>, Instant),
     Cancel(String),
-    Claim(Vec<TokenId>, oneshot::Sender<Result<Claim, EngineError>>),
+    Claim(Realm, Vec<TokenId>, oneshot::Sender<Result<Claim, EngineError>>),
     Unclaim {
         leaf_slot: u32,
         purge: bool,
     },
-    Park(Vec<TokenId>, oneshot::Sender<u64>),
+    Park(Realm, Vec<TokenId>, oneshot::Sender<u64>),
     Resume {
+        realm: Realm,
         log: Vec<TokenId>,
         dry_run: bool,
         answer: oneshot::Sender<Receipt>,
@@ -61,7 +61,12 @@ pub struct Worker {
 #[derive(Default)]
 pub struct State {
     queue: VecDeque<Waiting>,
+    /// The turns that hold pages, those that have waited longest first.
     running: Vec<Turn>,
+    /// Turns whose pages others needed, in the same order.
+    paused: Vec<Paused>,
+    /// Turns that ended and made room that no paused turn has taken yet.
+    room: usize,
     /// When the running turns' gains were last sent to disk, all together.
     last_commit: Option<Instant>,
     /// A commit of removals alone is on its way, or the last one failed.
@@ -146,18 +151,18 @@ impl Worker {
                 self.state.queue.insert(after.map_or(0, |at| at + 1), waiting);
             }
             Command::Cancel(id) => self.cancel(&id),
-            Command::Claim(log, answer) => {
-                let _ = answer.send(self.claim(&log));
+            Command::Claim(realm, log, answer) => {
+                let _ = answer.send(self.claim(realm, &log));
             }
             Command::Unclaim { leaf_slot, purge } => self.pool.unclaim(leaf_slot, purge),
-            Command::Park(log, answer) => {
-                let _ = answer.send(self.pool.park(&log));
+            Command::Park(realm, log, answer) => {
+                let _ = answer.send(self.pool.park(realm, &log));
             }
-            Command::Resume { log, dry_run, answer } => {
+            Command::Resume { realm, log, dry_run, answer } => {
                 let receipt = if dry_run {
-                    self.estimate(&log)
+                    self.estimate(realm, &log)
                 } else {
-                    let (table, receipt) = self.restore(&log);
+                    let (table, receipt) = self.restore(realm, &log);
                     self.pool.release(table);
                     receipt
                 };
@@ -167,6 +172,7 @@ impl Worker {
                 let state = &self.state;
                 let _ = answer.send(EngineStats {
                     running: state.running.len(),
+                    paused: state.paused.len(),
                     waiting: state.queue.len(),
                     kv: self.pool.stats(),
                     ..state.stats.clone()
@@ -182,12 +188,14 @@ impl Worker {
         for waiting in self.state.queue.drain(..) {
             let _ = waiting.events.send(Event::Failed(EngineError::Stopped));
         }
+        self.end_all_paused(&Ending::Fail(EngineError::Stopped));
         for turn in &mut self.state.running {
             turn.end(Ending::Fail(EngineError::Stopped));
         }
     }
 
     fn cancel(&mut self, id: &str) {
+        self.end_paused(id, Ending::Finish(FinishReason::Cancelled));
         if let Some(turn) = self.state.running.iter_mut().find(|turn| turn.spec.turn == id) {
             turn.end(Ending::Finish(FinishReason::Cancelled));
         } else if let Some(at) = self.state.queue.iter().position(|waiting| waiting.spec.turn == id)
@@ -196,15 +204,15 @@ impl Worker {
             // It never ran: it ends with what its log already held.
             let receipt =
                 Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
-            let (table, _) = self.restore(&[]);
+            let (table, _) = self.restore(waiting.spec.realm, &[]);
             let mut turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
             turn.end(Ending::Finish(FinishReason::Cancelled));
             self.state.running.push(turn);
         }
     }
 
-    fn claim(&mut self, log: &[TokenId]) -> Result<Claim, EngineError> {
-        let (leaf_slot, kv_len) = self.pool.leaf_of(log);
+    fn claim(&mut self, realm: Realm, log: &[TokenId]) -> Result<Claim, EngineError> {
+        let (leaf_slot, kv_len) = self.pool.leaf_of(realm, log);
         if let Some(slot) = leaf_slot {
             self.pool.claim(slot).map_err(|error| EngineError::Storage(error.to_string()))?;
         }
@@ -212,10 +220,10 @@ impl Worker {
     }
 
     /// What restoring this log would find and read.
-    fn estimate(&self, log: &[TokenId]) -> Receipt {
+    fn estimate(&self, realm: Realm, log: &[TokenId]) -> Receipt {
         /// Bytes per second of a modest solid-state disk.
         const DISK_RATE: f64 = 1e9;
-        let probe = self.pool.probe(log);
+        let probe = self.pool.probe(realm, log);
         Receipt {
             restored_tokens: probe.tokens,
             tier: tier(probe.tokens, probe.non_resident_bytes > 0),
@@ -227,9 +235,9 @@ impl Worker {
     }
 
     /// Maps and checks the pages of this log. The table's pages stay pinned until the caller releases it.
-    fn restore(&mut self, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
+    fn restore(&mut self, realm: Realm, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
         let begun = Instant::now();
-        let attached = self.pool.attach(log);
+        let attached = self.pool.attach(realm, log);
         let receipt = Receipt {
             restored_tokens: attached.restored,
             tier: tier(attached.restored, attached.from_disk),
@@ -246,47 +254,6 @@ impl Worker {
         (attached.table, receipt)
     }
 
-    /// Gives pages to waiting turns while there is room. Whether there were any.
-    fn admit(&mut self) -> bool {
-        let mut admitted = false;
-        while self.state.running.len() < RUNNING_MOST {
-            let Some(waiting) = self.state.queue.pop_front() else { break };
-            admitted = true;
-            let spec = &waiting.spec;
-            if spec.log.is_empty() || spec.log.len() > self.model.context() {
-                let error =
-                    EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
-                let _ = waiting.events.send(Event::Failed(error));
-                continue;
-            }
-            let queue_ms = waiting.since.elapsed().as_secs_f64() * 1e3;
-            // The last token is always computed: its logits are what the turn begins with.
-            let (mut table, restored) = self.restore(&spec.log[..spec.log.len() - 1]);
-            self.pool.set_claim(&mut table, spec.claim);
-            let covered = spec.covered.min(spec.log.len() - 1);
-            let receipt = Receipt {
-                session: spec.session.clone(),
-                recomputed_tokens: covered.saturating_sub(restored.restored_tokens),
-                queue_ms,
-                miss: restored.miss.or_else(|| {
-                    (restored.restored_tokens < covered).then(|| Miss {
-                        reason: "page_evicted".into(),
-                        at_token: restored.restored_tokens,
-                        at_message: None,
-                    })
-                }),
-                ..restored
-            };
-            let stats = &mut self.state.stats;
-            stats.restored_tokens += receipt.restored_tokens as u64;
-            stats.recomputed_tokens += receipt.recomputed_tokens as u64;
-            stats.restored_bytes_read += receipt.bytes_read;
-            let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
-            self.state.running.push(turn);
-        }
-        admitted
-    }
-
     fn in_trouble(&self, what: String) -> EngineError {
         if let Ok(mut trouble) = self.trouble.lock()
             && trouble.is_none()
@@ -300,7 +267,7 @@ impl Worker {
     /// Sends commits on their way and closes the turns that are over and durable. Whether there was anything to do.
     fn persist(&mut self) -> bool {
         let all_are_due = self.state.last_commit.is_none_or(|at| at.elapsed() >= COMMIT_INTERVAL);
-        let is_due = |turn: &Turn| turn.can_commit() && (all_are_due || turn.ending.is_some());
+        let is_due = |turn: &Turn| turn.can_commit() && (all_are_due || turn.gives_up_pages());
         let due: Vec<usize> =
             (0..self.state.running.len()).filter(|index| is_due(&self.state.running[*index])).collect();
         let mut did = !due.is_empty();
@@ -313,9 +280,17 @@ impl Worker {
         }
         let mut index = 0;
         while index < self.state.running.len() {
-            if self.state.running[index].is_over() {
+            let turn = &self.state.running[index];
+            if turn.is_over() {
                 let turn = self.state.running.remove(index);
                 self.pool.release(turn.close());
+                self.state.room += 1;
+                if let Some(out) = self.pool.over_budget() {
+                    self.persister.page_out(out);
+                }
+                did = true;
+            } else if turn.can_pause() {
+                self.pause(index);
                 did = true;
             } else {
                 index += 1;
@@ -331,7 +306,7 @@ impl Worker {
     /// The commit of what a turn gained; none, and the turn fails, when there can be none any more.
     fn commit(&mut self, index: usize) -> Option<Commit> {
         let turn = &mut self.state.running[index];
-        let tail = if turn.ending.is_some() { Tail::Synced } else { Tail::Named };
+        let tail = if turn.gives_up_pages() { Tail::Synced } else { Tail::Named };
         let pending = match self.pool.commit(&mut turn.table, tail) {
             Ok(pending) => pending,
             Err(error) => {

@@ -11,8 +11,9 @@ use dormouse_store::{PageRow, RemovedPage};
 use crate::bytes;
 use crate::commit::InFlight;
 use crate::file::{MappedRange, PageFile};
-use crate::identity::Chain;
+use crate::identity::{Chain, Realm};
 use crate::rebuild::{OpenReport, rebuild};
+use crate::residency::PageOut;
 use crate::table::{BlockTable, TableId};
 use crate::tree::{Path as TreePath, Tree};
 use crate::{Identity, KvError};
@@ -22,14 +23,17 @@ use crate::{Identity, KvError};
 pub struct Limits {
     /// Most bytes the page file may grow to. A file that is larger already is used as it is, but grows no more.
     pub quota_bytes: u64,
+    /// Most bytes of RAM that pages keep which no live table uses. None: the operating system decides.
+    pub ram_bytes: Option<u64>,
 }
 
-/// The KV pages of one tenant under one fingerprint.
+/// The KV pages of one fingerprint, each in its realm.
 #[derive(Debug)]
 pub struct PagePool {
     pub(crate) file: PageFile,
     pub(crate) tree: Tree,
     pub(crate) quota_slots: u32,
+    ram_slots: Option<usize>,
     /// Slots that hold nothing and may be written.
     pub(crate) free: BTreeSet<u32>,
     /// Slots of removed pages that the catalog may still name, with the page that took their claims.
@@ -53,6 +57,7 @@ pub(crate) struct Counters {
     pub(crate) deduplicated: u64,
     pub(crate) damaged: u64,
     pub(crate) bytes_committed: u64,
+    pub(crate) paged_out: u64,
 }
 
 /// What [`PagePool::attach`] found.
@@ -108,6 +113,9 @@ pub struct Stats {
     pub damaged: u64,
     /// Bytes of the positions that commits named for the first time.
     pub bytes_committed: u64,
+    /// Pages in RAM, as far as this process has asked for them, and those whose RAM was given back to stay within the budget.
+    pub slots_in_ram: usize,
+    pub paged_out: u64,
 }
 
 pub(crate) struct Loaded {
@@ -135,6 +143,7 @@ impl PagePool {
         let mut pool = PagePool {
             tree: rebuilt.tree,
             quota_slots: u32::try_from(quota_slots).unwrap_or(u32::MAX),
+            ram_slots: limits.ram_bytes.map(|bytes| (bytes / file.slot_bytes() as u64) as usize),
             free: BTreeSet::new(),
             awaiting: rebuilt.removed.iter().map(|page| (page.slot, page.parent_slot)).collect(),
             removals: rebuilt.removed,
@@ -166,12 +175,12 @@ impl PagePool {
         self.file.layout()
     }
 
-    /// Makes a table of the pages that hold the longest known prefix of `tokens`, all of them read, checked and
-    /// pinned. It covers `tokens.len()` positions at most: pass what may be restored.
-    pub fn attach(&mut self, tokens: &[u32]) -> Attached {
+    /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,
+    /// checked and pinned. It covers `tokens.len()` positions at most: pass what may be restored.
+    pub fn attach(&mut self, realm: Realm, tokens: &[u32]) -> Attached {
         let (mut damaged, mut bytes_read) = (Vec::new(), 0);
         let path = loop {
-            let mut path = self.tree.walk(tokens);
+            let mut path = self.tree.walk(realm, tokens);
             let loaded = self.load(&path.slots);
             bytes_read += loaded.bytes_read;
             self.verify_together(&path.slots, &loaded.unreadable);
@@ -196,13 +205,14 @@ impl PagePool {
         assert!(path.covered <= tokens.len());
         let id = TableId(self.next_table);
         self.next_table += 1;
-        let table = BlockTable { id, nodes: path.slots, blanks: VecDeque::new(), len: path.covered };
+        let root = self.tree.chain.root(realm);
+        let table = BlockTable { id, root, nodes: path.slots, blanks: VecDeque::new(), len: path.covered };
         Attached { restored: table.len, table, damaged, bytes_read, from_disk: bytes_read > 0 }
     }
 
     /// What attaching would restore, and how much of it is in RAM.
-    pub fn probe(&self, tokens: &[u32]) -> Probe {
-        let TreePath { slots, covered } = self.tree.walk(tokens);
+    pub fn probe(&self, realm: Realm, tokens: &[u32]) -> Probe {
+        let TreePath { slots, covered } = self.tree.walk(realm, tokens);
         let ranges = self.file.ranges(slots);
         let bytes: u64 = ranges.iter().map(|range| range.len as u64).sum();
         let resident_bytes = resident_bytes(&ranges);
@@ -210,8 +220,8 @@ impl PagePool {
     }
 
     /// Starts reading the pages of `tokens` into RAM, without waiting.
-    pub fn prefetch(&self, tokens: &[u32]) {
-        for range in self.file.ranges(self.tree.walk(tokens).slots) {
+    pub fn prefetch(&self, realm: Realm, tokens: &[u32]) {
+        for range in self.file.ranges(self.tree.walk(realm, tokens).slots) {
             if let Err(error) = range.read_ahead() {
                 tracing::warn!(path = %self.path().display(), %error, "could not read KV pages ahead");
             }
@@ -220,8 +230,8 @@ impl PagePool {
 
     /// Gives back the RAM of the pages of `tokens` that no live table uses and returns how many bytes that were.
     /// The pages themselves stay as they are.
-    pub fn park(&mut self, tokens: &[u32]) -> u64 {
-        let mut slots = self.tree.walk(tokens).slots;
+    pub fn park(&mut self, realm: Realm, tokens: &[u32]) -> u64 {
+        let mut slots = self.tree.walk(realm, tokens).slots;
         slots.retain(|slot| self.tree.node(*slot).pins == 0);
         for slot in &slots {
             self.tree.node_mut(*slot).mapped = false;
@@ -245,6 +255,28 @@ impl PagePool {
             after = resident_bytes(&ranges);
         }
         before.saturating_sub(after)
+    }
+
+    /// The RAM to give back so that what is left fits the budget: that of the pages which were not used for longest, and which
+    /// no live table uses. None when it fits already.
+    pub fn over_budget(&mut self) -> Option<PageOut> {
+        let most = self.ram_slots?;
+        let mapped = self.tree.iter().filter(|(_, node)| node.mapped).count();
+        if mapped <= most {
+            return None;
+        }
+        let idle = self.tree.iter().filter(|(_, node)| node.mapped && node.pins == 0);
+        let mut oldest: Vec<(u64, u32)> = idle.map(|(slot, node)| (node.last_used, slot)).collect();
+        oldest.sort_unstable();
+        // A little more, so that it is not the same again for the next page.
+        oldest.truncate(mapped - most + most / 16);
+        for (_, slot) in &oldest {
+            self.tree.node_mut(*slot).mapped = false;
+        }
+        self.counters.paged_out += oldest.len() as u64;
+        let ranges = self.file.ranges(oldest.into_iter().map(|(_, slot)| slot));
+        let out = PageOut { ranges, file: Arc::clone(&self.file.file), path: self.path().to_path_buf() };
+        (!out.ranges.is_empty()).then_some(out)
     }
 
     /// Reads every committed page and compares its checksum. Changes nothing: [`PagePool::attach`] is what removes
@@ -279,6 +311,8 @@ impl PagePool {
             deduplicated: self.counters.deduplicated,
             damaged: self.counters.damaged,
             bytes_committed: self.counters.bytes_committed,
+            slots_in_ram: count(|node| node.mapped),
+            paged_out: self.counters.paged_out,
         }
     }
 

@@ -6,7 +6,7 @@ use dormouse_kernels::PAGE_TOKENS;
 use dormouse_store::{PageRow, RemovedPage};
 
 use crate::identity::{Chain, PageId};
-use crate::tree::Tree;
+use crate::tree::{After, Tree};
 
 /// What opening a page file found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,22 +38,27 @@ pub(crate) fn rebuild(chain: Chain, slots: u32, rows: Vec<PageRow>) -> Rebuilt {
     }
 
     let mut dropped = Vec::new();
-    let mut parents = vec![None];
-    while let Some(parent) = parents.pop() {
-        for row in by_parent.remove(&tree.id_after(parent)).unwrap_or_default() {
+    let mut places: Vec<After> =
+        by_parent.keys().copied().filter(|id| tree.chain.is_root(*id)).map(After::Root).collect();
+    while let Some(place) = places.pop() {
+        let parent = match place {
+            After::Root(_) => None,
+            After::Page(slot) => Some(slot),
+        };
+        for row in by_parent.remove(&tree.id_after(place)).unwrap_or_default() {
             if row.slot >= slots {
                 report.dropped_beyond_end += 1;
                 dropped.push((row, parent));
-            } else if fits(&tree, parent, &row) {
+            } else if fits(&tree, place, &row) {
                 let sealed = row.tokens.len() == PAGE_TOKENS;
-                let node = tree.insert(row.slot, parent, row.tokens);
+                let node = tree.insert(row.slot, place, row.tokens);
                 node.committed = node.tokens.len();
                 node.named = node.committed;
                 // An open tail may have been named before its bytes were synced.
                 node.synced = if sealed { PAGE_TOKENS } else { 0 };
                 node.checksum = row.checksum;
                 if sealed {
-                    parents.push(Some(row.slot));
+                    places.push(After::Page(row.slot));
                 }
             } else {
                 report.dropped_mismatched += 1;
@@ -80,9 +85,9 @@ pub(crate) fn rebuild(chain: Chain, slots: u32, rows: Vec<PageRow>) -> Rebuilt {
     Rebuilt { tree, removed, report }
 }
 
-fn fits(tree: &Tree, parent: Option<u32>, row: &PageRow) -> bool {
+fn fits(tree: &Tree, place: After, row: &PageRow) -> bool {
     (1..=PAGE_TOKENS).contains(&row.tokens.len())
         && !tree.contains(row.slot)
-        && tree.chain.child(tree.id_after(parent), &row.tokens).0 == row.id
-        && tree.find_sealed(parent, &row.tokens).is_none()
+        && tree.chain.child(tree.id_after(place), &row.tokens).0 == row.id
+        && tree.find_sealed(place, &row.tokens).is_none()
 }

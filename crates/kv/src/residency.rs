@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use memmap2::{Advice, UncheckedAdvice};
 
@@ -9,6 +11,25 @@ use crate::file::MappedRange;
 
 /// Memory pages looked at in one `mincore` call; its answer is one byte for each.
 const MINCORE_BATCH: usize = 16 << 10;
+
+/// RAM that is to be given back, for a thread that may wait for the disk. A page that is used again meanwhile comes back with the
+/// bytes it had.
+#[derive(Debug)]
+pub struct PageOut {
+    pub(crate) ranges: Vec<MappedRange>,
+    pub(crate) file: Arc<File>,
+    pub(crate) path: PathBuf,
+}
+
+impl PageOut {
+    pub fn carry_out(&self) {
+        for range in &self.ranges {
+            if let Err(error) = range.page_out(&self.file, false) {
+                tracing::warn!(path = %self.path.display(), %error, "could not give back RAM of KV pages");
+            }
+        }
+    }
+}
 
 impl MappedRange {
     fn as_ptr(&self) -> *mut u8 {

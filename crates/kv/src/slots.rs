@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use dormouse_store::RemovedPage;
 
 use crate::KvError;
+use crate::identity::Realm;
 use crate::pool::PagePool;
 use crate::table::BlockTable;
 
@@ -192,10 +193,10 @@ impl PagePool {
         self.table_claims.insert(table.id, leaf);
     }
 
-    /// The last committed page on the path of `tokens`, and how many of them the path up to it covers.
-    pub fn leaf_of(&self, tokens: &[u32]) -> (Option<u32>, usize) {
+    /// The last committed page on the realm's path of `tokens`, and how many of them the path up to it covers.
+    pub fn leaf_of(&self, realm: Realm, tokens: &[u32]) -> (Option<u32>, usize) {
         let (mut leaf, mut kv_len) = (None, 0);
-        let path = self.tree.walk(tokens);
+        let path = self.tree.walk(realm, tokens);
         for slot in path.slots {
             let node = self.tree.node(slot);
             if node.committed == 0 {

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 
 use dormouse_kernels::{PAGE_TOKENS, PagePtr};
 
+use crate::identity::PageId;
 use crate::pool::PagePool;
+use crate::tree::After;
 use crate::{KvError, bytes};
 
 /// Names a live table inside its pool.
@@ -19,6 +21,8 @@ pub(crate) struct TableId(pub(crate) u64);
 #[must_use = "a dropped table keeps its pages pinned; release it"]
 pub struct BlockTable {
     pub(crate) id: TableId,
+    /// Of its realm.
+    pub(crate) root: PageId,
     /// Pages that hold positions `0..len`, in order.
     pub(crate) nodes: Vec<u32>,
     /// Slots for the positions after them, in no tree yet.
@@ -93,13 +97,13 @@ impl PagePool {
         assert_ne!(shared, own);
         let node = self.tree.node(shared);
         assert!(node.verified && node.pins > 0 && used <= node.tokens.len());
-        let (parent, tokens) = (node.parent, node.tokens[..used].to_vec());
+        let (place, tokens) = (node.after(), node.tokens[..used].to_vec());
         let (from, to) = (self.file.slot_ptr(shared), self.file.slot_ptr(own));
         // SAFETY: both slots are mapped and different; `own` was free until now, so nobody else knows it, and the
         // positions `..used` of `shared` are held by a page and therefore never written.
         unsafe { bytes::copy_rows(self.file.layout(), from, to, used) };
         let last_used = self.tick();
-        let copy = self.tree.insert(own, parent, tokens);
+        let copy = self.tree.insert(own, place, tokens);
         (copy.verified, copy.mapped, copy.pins, copy.last_used) = (true, true, 1, last_used);
         copy.writer = Some(table.id);
         self.unpin(shared, table.id, last_used);
@@ -127,9 +131,9 @@ impl PagePool {
 
     fn begin_page(&mut self, table: &mut BlockTable, tokens: &[u32]) {
         let slot = table.blanks.pop_front().expect("positions are reserved before they are advanced over");
-        let parent = table.nodes.last().copied();
+        let place = table.nodes.last().map_or(After::Root(table.root), |slot| After::Page(*slot));
         let sealed = tokens.len() == PAGE_TOKENS;
-        if sealed && let Some(twin) = self.usable_twin(parent, tokens) {
+        if sealed && let Some(twin) = self.usable_twin(place, tokens) {
             self.tree.node_mut(twin).pins += 1;
             self.free_slot(slot);
             table.nodes.push(twin);
@@ -137,7 +141,7 @@ impl PagePool {
             return;
         }
         let last_used = self.tick();
-        let node = self.tree.insert(slot, parent, tokens.to_vec());
+        let node = self.tree.insert(slot, place, tokens.to_vec());
         (node.verified, node.mapped, node.pins, node.last_used) = (true, true, 1, last_used);
         node.writer = (!sealed).then_some(table.id);
         table.nodes.push(slot);
@@ -150,9 +154,9 @@ impl PagePool {
         assert_eq!(node.tokens.len(), used);
         let sealed = used + tokens.len() == PAGE_TOKENS;
         if sealed {
-            let parent = node.parent;
+            let (parent, place) = (node.parent, node.after());
             let whole = [&node.tokens, tokens].concat();
-            if let Some(twin) = self.usable_twin(parent, &whole) {
+            if let Some(twin) = self.usable_twin(place, &whole) {
                 self.tree.node_mut(twin).pins += 1;
                 *table.nodes.last_mut().expect("a partial page is a page") = twin;
                 let now = self.tick();
@@ -202,6 +206,14 @@ impl PagePool {
         table.check();
     }
 
+    /// Gives `old` back; `table` takes its place as the table of a session, with its claim.
+    pub fn replace(&mut self, old: BlockTable, table: &mut BlockTable) {
+        if let Some(claim) = self.table_claims.get(&old.id).copied() {
+            self.table_claims.insert(table.id, claim);
+        }
+        self.release(old);
+    }
+
     /// Gives a table back: its reserved slots become free, its pages stay as cache until their room is needed. Pages
     /// that were never committed stay, too: they hold what their tokens say, and are lost with the process at worst.
     pub fn release(&mut self, table: BlockTable) {
@@ -227,8 +239,8 @@ impl PagePool {
     }
 
     /// A sealed page of the same tokens that may be used instead of a new one.
-    fn usable_twin(&mut self, parent: Option<u32>, tokens: &[u32]) -> Option<u32> {
-        let twin = self.tree.find_sealed(parent, tokens)?;
+    fn usable_twin(&mut self, place: After, tokens: &[u32]) -> Option<u32> {
+        let twin = self.tree.find_sealed(place, tokens)?;
         if !self.tree.node(twin).verified {
             let loaded = self.load(&[twin]);
             if loaded.unreadable.contains(&twin) || !self.verify(twin) {

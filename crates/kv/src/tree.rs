@@ -4,15 +4,24 @@ use std::collections::HashMap;
 
 use dormouse_kernels::PAGE_TOKENS;
 
-use crate::identity::{Chain, PageId};
+use crate::identity::{Chain, PageId, Realm};
 use crate::table::TableId;
+
+/// What a page comes after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum After {
+    /// Nothing: it is a first page of the realm with this root.
+    Root(PageId),
+    /// The page in this slot.
+    Page(u32),
+}
 
 /// One page. Nodes are named by the slot that holds their bytes.
 #[derive(Debug)]
 pub(crate) struct Node {
     /// The page before this one; none for a first page.
     pub(crate) parent: Option<u32>,
-    /// Id of `parent`, or the root id.
+    /// Id of `parent`, or the realm's root.
     pub(crate) parent_id: PageId,
     /// Some once the page is sealed.
     pub(crate) id: Option<PageId>,
@@ -46,6 +55,10 @@ impl Node {
     pub(crate) fn is_sealed(&self) -> bool {
         self.tokens.len() == PAGE_TOKENS
     }
+
+    pub(crate) fn after(&self) -> After {
+        self.parent.map_or(After::Root(self.parent_id), After::Page)
+    }
 }
 
 /// The pages that hold a prefix of some tokens.
@@ -61,14 +74,15 @@ pub(crate) struct Tree {
     pub(crate) chain: Chain,
     /// By slot.
     nodes: Vec<Option<Node>>,
-    first_pages: Vec<u32>,
+    /// By the root of their realm; none is empty.
+    first_pages: HashMap<PageId, Vec<u32>>,
     sealed: HashMap<PageId, u32>,
     used: usize,
 }
 
 impl Tree {
     pub(crate) fn new(chain: Chain) -> Tree {
-        Tree { chain, nodes: Vec::new(), first_pages: Vec::new(), sealed: HashMap::new(), used: 0 }
+        Tree { chain, nodes: Vec::new(), first_pages: HashMap::new(), sealed: HashMap::new(), used: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -98,11 +112,11 @@ impl Tree {
         self.nodes.iter().enumerate().filter_map(|(slot, node)| Some((slot as u32, node.as_ref()?)))
     }
 
-    /// Id that the pages after `parent` have as their parent id.
-    pub(crate) fn id_after(&self, parent: Option<u32>) -> PageId {
-        match parent {
-            None => self.chain.root(),
-            Some(slot) => self.node(slot).id.expect("only sealed pages have pages after them"),
+    /// Id that the pages at this place have as their parent id.
+    pub(crate) fn id_after(&self, after: After) -> PageId {
+        match after {
+            After::Root(root) => root,
+            After::Page(slot) => self.node(slot).id.expect("only sealed pages have pages after them"),
         }
     }
 
@@ -112,23 +126,29 @@ impl Tree {
         node.id.unwrap_or_else(|| self.chain.child(node.parent_id, &node.tokens))
     }
 
-    /// The sealed page that holds exactly `tokens` after `parent`.
-    pub(crate) fn find_sealed(&self, parent: Option<u32>, tokens: &[u32]) -> Option<u32> {
-        let slot = *self.sealed.get(&self.chain.child(self.id_after(parent), tokens))?;
+    /// The sealed page that holds exactly `tokens` at this place.
+    pub(crate) fn find_sealed(&self, after: After, tokens: &[u32]) -> Option<u32> {
+        let slot = *self.sealed.get(&self.chain.child(self.id_after(after), tokens))?;
         let node = self.node(slot);
-        (node.parent == parent && node.tokens == tokens).then_some(slot)
+        (node.after() == after && node.tokens == tokens).then_some(slot)
     }
 
     /// Puts a page that nobody uses yet into the tree.
-    pub(crate) fn insert(&mut self, slot: u32, parent: Option<u32>, tokens: Vec<u32>) -> &mut Node {
+    pub(crate) fn insert(&mut self, slot: u32, after: After, tokens: Vec<u32>) -> &mut Node {
         assert!((1..=PAGE_TOKENS).contains(&tokens.len()), "a page of {} tokens", tokens.len());
         assert!(!self.contains(slot), "slot {slot} is in use");
-        let parent_id = self.id_after(parent);
+        let parent_id = self.id_after(after);
         let sealed = tokens.len() == PAGE_TOKENS;
-        match parent {
-            None => self.first_pages.push(slot),
-            Some(parent) => self.node_mut(parent).children.push(slot),
-        }
+        let parent = match after {
+            After::Root(root) => {
+                self.first_pages.entry(root).or_default().push(slot);
+                None
+            }
+            After::Page(parent) => {
+                self.node_mut(parent).children.push(slot);
+                Some(parent)
+            }
+        };
         let index = slot as usize;
         if self.nodes.len() <= index {
             self.nodes.resize_with(index + 1, || None);
@@ -183,11 +203,16 @@ impl Tree {
         if let Some(id) = node.id {
             self.sealed.remove(&id);
         }
-        let siblings = match node.parent {
-            None => &mut self.first_pages,
-            Some(parent) => &mut self.node_mut(parent).children,
-        };
-        siblings.retain(|sibling| *sibling != slot);
+        match node.after() {
+            After::Page(parent) => self.node_mut(parent).children.retain(|sibling| *sibling != slot),
+            After::Root(root) => {
+                let siblings = self.first_pages.entry(root).or_default();
+                siblings.retain(|sibling| *sibling != slot);
+                if siblings.is_empty() {
+                    self.first_pages.remove(&root);
+                }
+            }
+        }
         self.used -= 1;
         node
     }
@@ -204,20 +229,20 @@ impl Tree {
         slots
     }
 
-    /// The longest known prefix of `tokens`: sealed pages, then as much as matches of one more page.
-    pub(crate) fn walk(&self, tokens: &[u32]) -> Path {
+    /// The longest prefix of `tokens` that the realm knows: sealed pages, then as much as matches of one more page.
+    pub(crate) fn walk(&self, realm: Realm, tokens: &[u32]) -> Path {
         let mut path = Path::default();
-        let mut last = None;
+        let mut last = After::Root(self.chain.root(realm));
         while let Some(page) = tokens.get(path.covered..path.covered + PAGE_TOKENS) {
             let Some(slot) = self.find_sealed(last, page) else { break };
             path.slots.push(slot);
             path.covered += PAGE_TOKENS;
-            last = Some(slot);
+            last = After::Page(slot);
         }
         let rest = &tokens[path.covered..];
         let next_pages = match last {
-            None => &self.first_pages,
-            Some(slot) => &self.node(slot).children,
+            After::Root(root) => self.first_pages.get(&root).map_or(&[][..], Vec::as_slice),
+            After::Page(slot) => &self.node(slot).children,
         };
         // Of equal matches, the one that can be continued in place saves a copy.
         let best = next_pages

@@ -75,7 +75,13 @@ impl From<SessionError> for ApiError {
                 (S::NOT_FOUND, Some("session_not_found"), Some("session".into()))
             }
             SessionError::TurnNotFound(_) => (S::NOT_FOUND, Some("turn_not_found"), Some("turn".into())),
+            SessionError::ResponseNotFound(_) => {
+                (S::NOT_FOUND, Some("response_not_found"), Some("response_id".into()))
+            }
+            SessionError::ItemNotFound(_) => (S::NOT_FOUND, Some("item_not_found"), Some("item_id".into())),
             SessionError::ModelNotFound(..) => (S::NOT_FOUND, Some("model_not_found"), Some("model".into())),
+            SessionError::KeyNotFound(_) => (S::NOT_FOUND, Some("key_not_found"), Some("key".into())),
+            SessionError::KeyNameTaken(_) => (S::CONFLICT, Some("name_taken"), Some("name".into())),
             SessionError::Busy { .. } => (S::CONFLICT, Some("session_busy"), None),
             SessionError::NameTaken(_) => (S::CONFLICT, Some("name_taken"), Some("name".into())),
             SessionError::ContextLengthExceeded { .. } => {

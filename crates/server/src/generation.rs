@@ -1,8 +1,9 @@
 //! How an answer is to be generated: the request fields that chat completions and session turns have in common.
 
+use dormouse_answer::OutputFormat;
 use dormouse_engine::Sampling;
 use dormouse_session::Generation;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
@@ -42,42 +43,80 @@ pub fn parse(fields: &Fields<'_>, default_seed: u64) -> Result<Generation, ApiEr
             .map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX)),
         stop: stop(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+        format: output_format(fields)?,
+        ..Generation::default()
     })
 }
 
 /// Fields that would change what an answer means, and that this version cannot honour.
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
-    let wants_tools = fields.list("tools")?.is_some_and(|tools| !tools.is_empty());
-    if wants_tools && fields.get("tool_choice").and_then(Value::as_str) != Some("none") {
-        let text = "tools: function calling is not supported in this version; leave tools out, or send tool_choice \"none\"";
-        return Err(ApiError::unsupported("tools", text));
-    }
     if fields.list("functions")?.is_some_and(|functions| !functions.is_empty()) {
-        return Err(ApiError::unsupported(
-            "functions",
-            "functions: not supported in this version; leave it out",
-        ));
-    }
-    if let Some(format) = fields.object("response_format")? {
-        let kind = format.get("type").and_then(Value::as_str).unwrap_or("missing");
-        if kind != "text" {
-            let text = format!(
-                "response_format: type {kind:?} is not supported in this version; leave it out or use {{\"type\": \"text\"}}"
-            );
-            return Err(ApiError::unsupported("response_format", text));
-        }
+        return Err(ApiError::unsupported("functions", "functions: not supported; its newer form is tools"));
     }
     if let Some(modalities) = fields.list("modalities")?
         && modalities.iter().any(|modality| modality != "text")
     {
         return Err(ApiError::unsupported("modalities", "modalities: only [\"text\"] is supported"));
     }
-    for name in ["audio", "web_search_options", "moderation", "grammar", "guided_json", "guided_regex"] {
+    for name in [
+        "audio",
+        "web_search_options",
+        "moderation",
+        "grammar",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+    ] {
         if fields.get(name).is_some() {
             return Err(ApiError::unsupported(name, format!("{name}: not supported; leave it out")));
         }
     }
     Ok(())
+}
+
+/// `response_format`. Whether a schema can be honoured is known when the grammar of the answer is made.
+fn output_format(fields: &Fields<'_>) -> Result<OutputFormat, ApiError> {
+    let Some(format) = fields.object("response_format")? else { return Ok(OutputFormat::Text) };
+    match format.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(OutputFormat::Text),
+        Some("json_object") => Ok(OutputFormat::JsonObject),
+        Some("json_schema") => {
+            let outer = Fields::inside(format, "response_format.");
+            let Some(named) = outer.object("json_schema")? else {
+                let text = "response_format.json_schema: expected an object with name and schema";
+                return Err(ApiError::invalid("response_format.json_schema", text));
+            };
+            json_schema(named, "response_format.json_schema.")
+        }
+        other => {
+            let text = format!(
+                "response_format: expected the type \"text\", \"json_object\" or \"json_schema\", found {other:?}"
+            );
+            Err(ApiError::invalid("response_format", text))
+        }
+    }
+}
+
+/// `{name, schema, strict?}`; `place` is what the names of its fields begin with in errors.
+pub fn json_schema(named: &Map<String, Value>, place: &str) -> Result<OutputFormat, ApiError> {
+    const MOST_NAME_BYTES: usize = 64;
+    let inner = Fields::inside(named, place);
+    let name = inner.string("name")?.unwrap_or("");
+    let usual = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+    if name.is_empty() || name.len() > MOST_NAME_BYTES || !name.bytes().all(usual) {
+        let param = format!("{place}name");
+        let text =
+            format!("{param}: expected 1 to {MOST_NAME_BYTES} letters, digits, _ or -, found {name:?}");
+        return Err(ApiError::invalid(param, text));
+    }
+    Ok(OutputFormat::JsonSchema {
+        name: name.to_owned(),
+        // Without a schema the answer is any JSON.
+        schema: named.get("schema").filter(|schema| !schema.is_null()).cloned().unwrap_or(Value::Bool(true)),
+        strict: inner.boolean("strict")?.unwrap_or(false),
+    })
 }
 
 /// `stop`: a string or a list of them, none empty.
@@ -178,6 +217,36 @@ mod tests {
     }
 
     #[test]
+    fn response_formats_are_read_and_wrong_ones_named() {
+        let read = |format: Value| parsed(json!({ "response_format": format })).map(|it| it.format);
+        assert_eq!(read(json!({"type": "json_object"})).unwrap(), OutputFormat::JsonObject);
+        let schema = json!({"type": "object"});
+        let named = json!({"name": "answer", "schema": schema, "strict": true, "description": "d"});
+        let expected = OutputFormat::JsonSchema { name: "answer".into(), schema, strict: true };
+        assert_eq!(read(json!({"type": "json_schema", "json_schema": named})).unwrap(), expected);
+        for (param, format) in [
+            ("response_format", json!({"type": "xml"})),
+            ("response_format", json!("json_object")),
+            ("response_format.json_schema", json!({"type": "json_schema"})),
+            (
+                "response_format.json_schema.name",
+                json!({"type": "json_schema", "json_schema": {"schema": {}}}),
+            ),
+            (
+                "response_format.json_schema.name",
+                json!({"type": "json_schema", "json_schema": {"name": "a b"}}),
+            ),
+            (
+                "response_format.json_schema.strict",
+                json!({"type": "json_schema", "json_schema": {"name": "a", "strict": "yes"}}),
+            ),
+        ] {
+            let error = read(format).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(param), "{}", error.message);
+        }
+    }
+
+    #[test]
     fn values_out_of_range_are_refused_by_name() {
         for (field, value) in [
             ("temperature", json!(2.1)),
@@ -204,8 +273,8 @@ mod tests {
     #[test]
     fn meanings_that_are_not_supported_are_refused_and_harmless_spellings_accepted() {
         for (field, value) in [
-            ("tools", json!([{"type": "function"}])),
-            ("response_format", json!({"type": "json_object"})),
+            ("functions", json!([{"name": "f"}])),
+            ("structured_outputs", json!({})),
             ("modalities", json!(["text", "audio"])),
             ("audio", json!({})),
         ] {
@@ -215,6 +284,5 @@ mod tests {
         let harmless = json!({"tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
             "modalities": ["text"], "audio": null, "user": "me", "something_new": {}});
         assert!(parsed(harmless).is_ok());
-        assert!(parsed(json!({"tools": [{"type": "function"}], "tool_choice": "none"})).is_ok());
     }
 }

@@ -1,39 +1,93 @@
-//! What every request passes before it reaches a route: a request id, who may ask (Host, Origin, API key), and errors
-//! in one shape.
+//! What every request passes before it reaches a route: a request id, who may ask (Host, Origin, API key, limits), and
+//! errors in one shape.
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
 use axum::http::uri::Authority;
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use subtle::ConstantTimeEq;
+use dormouse_session::SessionError;
+use tower_http::cors::{AllowHeaders, AllowOrigin, AllowPrivateNetwork, CorsLayer};
 
-use crate::Options;
+use crate::caller::{is_public, required};
 use crate::error::ApiError;
+use crate::keyring::{Admitted, Keyring};
+use crate::limits::keep_until_sent;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Browsers ask again whether a page may use the server after this long.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(3600);
+
+/// Who may ask.
+pub struct Gate {
+    pub keyring: Arc<Keyring>,
+    /// Requests that name another host than this computer are refused.
+    pub loopback_only: bool,
+    /// Web pages of these origins may use the server.
+    pub cors_origins: Vec<String>,
+}
+
+impl Gate {
+    /// Answers browsers that ask whether a page of another origin may use the server; None where no origin is listed.
+    pub fn cors(&self) -> Result<Option<CorsLayer>, SessionError> {
+        if self.cors_origins.is_empty() {
+            return Ok(None);
+        }
+        let parse = |origin: &String| {
+            HeaderValue::from_str(origin).map_err(|_| SessionError::Invalid {
+                param: "cors_origin".into(),
+                message: format!("'{origin}' is no origin; it should look like https://app.example"),
+            })
+        };
+        let origins = self.cors_origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        let layer = CorsLayer::new()
+            .allow_origin(AllowOrigin::list(origins))
+            .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+            .allow_headers(AllowHeaders::mirror_request())
+            .allow_private_network(AllowPrivateNetwork::yes())
+            .expose_headers([REQUEST_ID, header::RETRY_AFTER])
+            .max_age(PREFLIGHT_AGE);
+        Ok(Some(layer))
+    }
+}
 
 /// Admits or refuses the request and gives the response its `x-request-id`.
-pub async fn guard(State(options): State<Arc<Options>>, request: Request, next: Next) -> Response {
-    let response = match admit(&options, &request) {
-        Ok(()) => in_one_shape(next.run(request).await),
+pub async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+    let response = match admit(&gate, &request) {
+        Ok(None) => in_one_shape(next.run(request).await),
+        Ok(Some(admitted)) => match admitted.limits().map(|limits| limits.admit(Instant::now())) {
+            None => pass(admitted, request, next).await,
+            Some(Ok(None)) => pass(admitted, request, next).await,
+            Some(Ok(Some(place))) => keep_until_sent(pass(admitted, request, next).await, place),
+            Some(Err(exceeded)) => exceeded.into_response(),
+        },
         Err(error) => error.into_response(),
     };
     with_request_id(response)
 }
 
-fn admit(options: &Options, request: &Request) -> Result<(), ApiError> {
-    let headers = request.headers();
-    if options.loopback_only {
+async fn pass(admitted: Admitted, mut request: Request, next: Next) -> Response {
+    request.extensions_mut().insert(admitted.caller);
+    in_one_shape(next.run(request).await)
+}
+
+/// Who asks; None where that does not matter.
+fn admit(gate: &Gate, request: &Request) -> Result<Option<Admitted>, ApiError> {
+    let (headers, path) = (request.headers(), request.uri().path());
+    if gate.loopback_only {
         check_host(headers, request.uri().authority())?;
     }
-    check_origin(headers, request.method())?;
-    // Readiness probes have no key, and learn nothing but the readiness.
-    if request.uri().path() != "/health" {
-        check_key(options, headers)?;
+    check_origin(headers, request.method(), &gate.cors_origins)?;
+    if is_public(path) {
+        return Ok(None);
     }
-    Ok(())
+    let admitted = gate.keyring.admit(headers)?;
+    required(path).map_or(Ok(()), |scope| admitted.caller.require(scope))?;
+    Ok(Some(admitted))
 }
 
 fn forbidden(code: &'static str, message: String) -> ApiError {
@@ -63,12 +117,16 @@ fn check_host(headers: &HeaderMap, authority: Option<&Authority>) -> Result<(), 
     ))
 }
 
-/// Pages of other sites must not change anything, even where browsers send the request without asking first.
-fn check_origin(headers: &HeaderMap, method: &Method) -> Result<(), ApiError> {
+/// Pages of other sites must not change anything, even where browsers send the request without asking first; except those
+/// of `listed` origins.
+fn check_origin(headers: &HeaderMap, method: &Method, listed: &[String]) -> Result<(), ApiError> {
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return Ok(());
     }
     let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    if listed.iter().any(|listed| listed.as_bytes() == origin.as_bytes()) {
+        return Ok(());
+    }
     let authority = origin.to_str().ok().and_then(|text| text.split_once("://")?.1.parse::<Authority>().ok());
     let own = headers.get(header::HOST).map(HeaderValue::as_bytes);
     match authority {
@@ -78,7 +136,8 @@ fn check_origin(headers: &HeaderMap, method: &Method) -> Result<(), ApiError> {
         _ => Err(forbidden(
             "origin_not_allowed",
             format!(
-                "web pages of {origin:?} may not use this server; call it from a program or from a local page"
+                "web pages of {origin:?} may not use this server; call it from a program or from a local page, or \
+                 start it with --cors-origin"
             ),
         )),
     }
@@ -88,27 +147,6 @@ fn is_loopback(host: &str) -> bool {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host.eq_ignore_ascii_case("localhost")
         || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
-}
-
-fn check_key(options: &Options, headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(key) = &options.api_key else { return Ok(()) };
-    let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
-    let given = given.and_then(|value| match value.split_at_checked(7) {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => Some(token.trim_ascii()),
-        _ => None,
-    });
-    match given {
-        Some(given) if bool::from(given.ct_eq(key.as_bytes())) => Ok(()),
-        given => {
-            let what = if given.is_some() {
-                "the API key is not the server's"
-            } else {
-                "this server needs an API key"
-            };
-            let message = format!("{what}: send the header 'Authorization: Bearer KEY'");
-            Err(ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message))
-        }
-    }
 }
 
 /// Errors that the framework made itself (a broken path, for one) are plain text: clients get them as JSON too.
@@ -133,7 +171,7 @@ fn with_request_id(mut response: Response) -> Response {
             .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, None, error.to_string()))
     }) {
         Ok(id) => {
-            response.headers_mut().insert("x-request-id", id);
+            response.headers_mut().insert(REQUEST_ID, id);
             response
         }
         Err(error) => error.into_response(),
@@ -148,11 +186,11 @@ mod tests {
     use axum::routing::any;
     use tower::ServiceExt;
 
-    async fn ask(options: Options, method: Method, headers: &[(&str, &str)]) -> Response {
+    async fn ask(gate: Gate, method: Method, headers: &[(&str, &str)]) -> Response {
         let router = Router::new()
             .route("/", any(async || "fine"))
             .route("/teapot", any(async || (StatusCode::IM_A_TEAPOT, "plain")))
-            .layer(axum::middleware::from_fn_with_state(Arc::new(options), guard));
+            .layer(axum::middleware::from_fn_with_state(Arc::new(gate), guard));
         let mut request = Request::builder().method(method).uri("/");
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -160,8 +198,17 @@ mod tests {
         router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
     }
 
-    fn local() -> Options {
-        Options { loopback_only: true, ..Options::default() }
+    fn local() -> Gate {
+        Gate { loopback_only: true, ..anywhere(None) }
+    }
+
+    fn anywhere(key: Option<&str>) -> Gate {
+        let keyring = Keyring::new(key, key.is_some(), Vec::new());
+        Gate {
+            keyring: Arc::new(keyring),
+            loopback_only: false,
+            cors_origins: vec!["https://app.example".into()],
+        }
     }
 
     #[tokio::test]
@@ -172,7 +219,7 @@ mod tests {
         for host in ["evil.example", "localhost.evil.example:8642", "10.0.0.1", "127.0.0.1.nip.io"] {
             assert_eq!(ask(local(), Method::GET, &[("host", host)]).await.status(), 403, "{host}");
         }
-        assert_eq!(ask(Options::default(), Method::GET, &[("host", "box.lan")]).await.status(), 200);
+        assert_eq!(ask(anywhere(None), Method::GET, &[("host", "box.lan")]).await.status(), 200);
     }
 
     #[tokio::test]
@@ -185,11 +232,13 @@ mod tests {
         );
         let own = [("host", "localhost:1"), ("origin", "http://localhost:3000")];
         assert_eq!(ask(local(), Method::POST, &own).await.status(), 200);
+        let listed = [("host", "localhost:1"), ("origin", "https://app.example")];
+        assert_eq!(ask(local(), Method::POST, &listed).await.status(), 200);
     }
 
     #[tokio::test]
     async fn the_key_is_asked_for_and_compared() {
-        let locked = || Options { api_key: Some("secret".into()), ..Options::default() };
+        let locked = || anywhere(Some("secret"));
         assert_eq!(ask(locked(), Method::GET, &[]).await.status(), 401);
         assert_eq!(ask(locked(), Method::GET, &[("authorization", "Bearer wrong")]).await.status(), 401);
         assert_eq!(ask(locked(), Method::GET, &[("authorization", "bearer secret")]).await.status(), 200);

@@ -6,24 +6,36 @@
 #![forbid(unsafe_code)]
 
 mod body;
+mod caller;
 mod error;
 mod fields;
 mod generation;
 mod guard;
+mod keyring;
+mod limits;
 mod messages;
+mod openapi;
 mod routes;
 mod serve;
 mod sse;
+mod tools;
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::extract::FromRequestParts;
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::{Router, middleware};
 use dormouse_embed::Embedder;
-use dormouse_session::{ModelCard, Runtime, Tenant};
+use dormouse_session::{ModelCard, Runtime, SessionError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::caller::Caller;
+use crate::guard::Gate;
+use crate::keyring::Keyring;
 
 pub use body::BODY_LIMIT_BYTES;
 pub use error::ApiError;
@@ -33,10 +45,14 @@ pub use serve::serve;
 /// Who may ask, and how much at once.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Asked of every request but `/health` when set.
+    /// The owner's key, beside those of the database.
     pub api_key: Option<String>,
+    /// Every request but those for `/health` and `/openapi.json` needs a key; else those without one are the owner's.
+    pub require_key: bool,
     /// The listener is bound to a loopback address: requests that name another host are refused.
     pub loopback_only: bool,
+    /// Web pages of these origins may use the server, e.g. `https://app.example`.
+    pub cors_origins: Vec<String>,
     /// Answers that may be on their way at once; more are answered 429.
     pub max_running: usize,
     /// Models that could be served but are not, for `GET /v1/models`.
@@ -49,7 +65,9 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             api_key: None,
+            require_key: false,
             loopback_only: false,
+            cors_origins: Vec::new(),
             max_running: 256,
             known_models: Vec::new(),
             embedder: None,
@@ -57,15 +75,42 @@ impl Default for Options {
     }
 }
 
-/// What every route works with.
-#[derive(Clone)]
-struct App {
+/// What all requests share.
+struct Shared {
     runtime: Runtime,
-    tenant: Tenant,
+    keyring: Arc<Keyring>,
     running: Arc<Semaphore>,
     max_running: usize,
-    known_models: Arc<[KnownModel]>,
+    known_models: Vec<KnownModel>,
     embedder: Option<Embedder>,
+}
+
+/// What every route works with: the server, and who asks.
+#[derive(Clone)]
+struct App {
+    shared: Arc<Shared>,
+    caller: Caller,
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl FromRequestParts<Arc<Shared>> for App {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, shared: &Arc<Shared>) -> Result<App, ApiError> {
+        // Only public paths have no caller.
+        let caller = parts.extensions.get::<Caller>().cloned().ok_or_else(|| {
+            let message = "this request was not looked at; please report this as a bug";
+            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Some("internal_error"), message)
+        })?;
+        Ok(App { shared: Arc::clone(shared), caller })
+    }
 }
 
 impl App {
@@ -85,20 +130,32 @@ impl App {
     }
 }
 
-/// All routes over `runtime`.
-pub fn router(runtime: Runtime, options: Options) -> Router {
-    let app = App {
+/// All routes over `runtime`. Errors: the keys cannot be read from the database, or an origin is none.
+pub async fn router(runtime: Runtime, options: Options) -> Result<Router, SessionError> {
+    let keyring = Keyring::new(options.api_key.as_deref(), options.require_key, runtime.keys().await?);
+    let keyring = Arc::new(keyring);
+    let gate = Gate {
+        keyring: Arc::clone(&keyring),
+        loopback_only: options.loopback_only,
+        cors_origins: options.cors_origins,
+    };
+    let cors = gate.cors()?;
+    let shared = Arc::new(Shared {
         runtime,
-        tenant: Tenant::default(),
+        keyring,
         running: Arc::new(Semaphore::new(options.max_running)),
         max_running: options.max_running,
-        known_models: options.known_models.clone().into(),
-        embedder: options.embedder.clone(),
-    };
-    routes::all()
-        .with_state(app)
+        known_models: options.known_models,
+        embedder: options.embedder,
+    });
+    let router = routes::all()
+        .with_state(shared)
         .layer(CatchPanicLayer::custom(routes::panicked))
-        .layer(middleware::from_fn_with_state(Arc::new(options), guard::guard))
+        .layer(middleware::from_fn_with_state(Arc::new(gate), guard::guard));
+    Ok(match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    })
 }
 
 /// Seconds since the epoch.

@@ -2,7 +2,7 @@
 //! fields that a chat template may look at.
 
 use dormouse_session::Message;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
@@ -42,7 +42,8 @@ pub fn message(role: &str, content: &str) -> Message {
     Map::from_iter([("role".into(), role.into()), ("content".into(), content.into())])
 }
 
-fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
+/// Parses one message; `place` says where it is.
+pub fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
     let Some(map) = value.as_object() else {
         let found = crate::fields::describe(value);
         return Err(ApiError::invalid(place, format!("{place}: expected a message object, found {found}")));
@@ -65,7 +66,7 @@ fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
                 .expected("role", "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\""));
         }
     };
-    let calls = fields.list("tool_calls")?.filter(|calls| !calls.is_empty());
+    let calls = fields.list("tool_calls")?.filter(|calls| !calls.is_empty() && role == "assistant");
     let content = match fields.get("content") {
         Some(value) => parse_content(value, &fields.name("content"))?,
         None if role == "assistant" => fields.string("refusal")?.unwrap_or_default().to_string(),
@@ -73,7 +74,14 @@ fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
     };
     let mut parsed = message(role, &content);
     if let Some(calls) = calls {
-        parsed.insert("tool_calls".into(), Value::Array(calls.clone()));
+        let calls = calls
+            .iter()
+            .enumerate()
+            .map(|(index, call)| parse_call(call, &format!("{prefix}tool_calls[{index}]")));
+        parsed.insert("tool_calls".into(), calls.collect::<Result<_, _>>()?);
+    }
+    if role == "tool" && fields.string("tool_call_id")?.is_none_or(str::is_empty) {
+        return Err(fields.expected("tool_call_id", "the id of the call that this is the result of"));
     }
     for field in ["name", "tool_call_id"] {
         if let Some(text) = fields.string(field)? {
@@ -88,8 +96,38 @@ fn parse_one(value: &Value, place: &str) -> Result<Message, ApiError> {
     Ok(parsed)
 }
 
+/// A call of an answer that a client sends back: only what templates read of it.
+fn parse_call(value: &Value, place: &str) -> Result<Value, ApiError> {
+    let prefix = format!("{place}.");
+    let Some(map) = value.as_object() else {
+        let found = crate::fields::describe(value);
+        return Err(ApiError::invalid(place, format!("{place}: expected a tool call object, found {found}")));
+    };
+    let fields = Fields::inside(map, &prefix);
+    if let Some(kind) = fields.string("type")?.filter(|kind| *kind != "function") {
+        let name = fields.name("type");
+        let text = format!("{name}: calls of type {kind:?} are not supported; send calls of functions");
+        return Err(ApiError::unsupported(name, text));
+    }
+    let function = fields.object("function")?.ok_or_else(|| fields.expected("function", "an object"))?;
+    let prefix = format!("{prefix}function.");
+    let function = Fields::inside(function, &prefix);
+    let name = function.string("name")?.ok_or_else(|| function.expected("name", "a string"))?;
+    let arguments = match function.get("arguments") {
+        Some(Value::String(text)) => text.clone(),
+        // As some clients keep them.
+        Some(object @ Value::Object(_)) => object.to_string(),
+        None => String::new(),
+        Some(_) => return Err(function.expected("arguments", "a string of JSON")),
+    };
+    Ok(json!({
+        "id": fields.string("id")?.unwrap_or_default(), "type": "function",
+        "function": { "name": name, "arguments": arguments },
+    }))
+}
+
 /// A string as it is; text parts joined by line breaks.
-fn parse_content(value: &Value, place: &str) -> Result<String, ApiError> {
+pub fn parse_content(value: &Value, place: &str) -> Result<String, ApiError> {
     let parts = match value {
         Value::String(text) => return Ok(text.clone()),
         Value::Array(parts) => parts,
@@ -152,6 +190,40 @@ mod tests {
         let mut expected = message("assistant", "hi");
         expected.insert("reasoning_content".into(), "hm".into());
         assert_eq!(parsed.unwrap(), vec![expected]);
+    }
+
+    #[test]
+    fn calls_and_results_keep_what_templates_read() {
+        let calls = json!([{"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": {"a": 1}}}]);
+        let parsed = parse(json!([{"role": "assistant", "content": null, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "done"}]}]));
+        let parsed = parsed.unwrap();
+        let expected =
+            json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}}]);
+        assert_eq!(parsed[0]["tool_calls"], expected);
+        assert_eq!((&parsed[1]["tool_call_id"], &parsed[1]["content"]), (&json!("c"), &json!("done")));
+    }
+
+    #[test]
+    fn a_wrong_call_is_named_by_its_place() {
+        let assistant = |calls: Value| json!([{"role": "assistant", "content": null, "tool_calls": calls}]);
+        for (messages, param) in [
+            (assistant(json!({})), "messages[0].tool_calls"),
+            (assistant(json!([1])), "messages[0].tool_calls[0]"),
+            (assistant(json!([{"type": "custom"}])), "messages[0].tool_calls[0].type"),
+            (assistant(json!([{"id": "c"}])), "messages[0].tool_calls[0].function"),
+            (
+                assistant(json!([{"function": {"arguments": "{}"}}])),
+                "messages[0].tool_calls[0].function.name",
+            ),
+            (
+                assistant(json!([{"function": {"name": "f", "arguments": 1}}])),
+                "messages[0].tool_calls[0].function.arguments",
+            ),
+            (json!([{"role": "tool", "content": "done"}]), "messages[0].tool_call_id"),
+        ] {
+            assert_eq!(parse(messages.clone()).unwrap_err().param.as_deref(), Some(param), "{messages}");
+        }
     }
 
     #[test]

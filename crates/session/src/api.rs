@@ -1,5 +1,6 @@
 //! The objects that sessions are made of, as every door (HTTP, command line) sees them.
 
+use dormouse_answer::{AnswerFormat, OutputFormat, ToolChoice};
 use dormouse_engine::{FinishReason, Receipt, Sampling, TokenLogprob};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -91,6 +92,8 @@ pub struct CreateSession {
     pub ttl_seconds: Option<u64>,
     #[serde(default)]
     pub pinned: bool,
+    /// Computed pages are shared only with sessions and requests of the tenant that have the same salt.
+    pub cache_salt: Option<String>,
 }
 
 /// Absent fields stay; `name: null` clears the name.
@@ -142,11 +145,46 @@ pub struct Generation {
     pub max_tokens: Option<usize>,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    #[serde(default)]
+    pub tool_choice: ToolChoice,
+    /// The answer may hold several calls.
+    #[serde(default = "yes")]
+    pub parallel_tool_calls: bool,
+    #[serde(default)]
+    pub format: OutputFormat,
+    /// Report the log-probability of the prompt's tokens, and this many alternatives to each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<u8>,
+    /// Further variables of the chat template (`chat_template_kwargs`), e.g. `enable_thinking`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub template: Map<String, Value>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for Generation {
+    fn default() -> Generation {
+        Generation {
+            sampling: Sampling::default(),
+            max_tokens: None,
+            stop: Vec::new(),
+            ignore_eos: false,
+            tool_choice: ToolChoice::Auto,
+            parallel_tool_calls: true,
+            format: OutputFormat::Text,
+            prompt_logprobs: None,
+            template: Map::new(),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
 pub struct TurnRequest {
     pub input: Vec<Message>,
+    /// None: the session's. Others replace them: the prompt is then computed anew (`miss.reason` is `tools_changed`).
+    pub tools: Option<Vec<Value>>,
     pub generation: Generation,
     /// Goes on when its client leaves.
     pub background: bool,
@@ -166,8 +204,15 @@ pub struct Turn {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_code: Option<FailureCode>,
-    /// The answer so far (whole when the turn is over).
+    /// The answer so far (whole when the turn is over), as the model wrote it: with the marks of reasoning and calls.
     pub output_text: String,
+    /// The answer taken apart: `role`, `content` (null where the answer is calls only), `reasoning_content`, `tool_calls`.
+    /// Empty while the turn runs.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub message: Message,
+    /// How `output_text` is to be read.
+    #[serde(default, skip_serializing_if = "AnswerFormat::is_plain")]
+    pub answer_format: AnswerFormat,
     pub usage: Usage,
     pub dormouse: Option<Receipt>,
 }
@@ -181,6 +226,9 @@ pub struct Usage {
     pub total_tokens: usize,
     /// Prompt tokens whose KV was restored and not computed.
     pub cached_tokens: usize,
+    /// Output tokens that are reasoning.
+    #[serde(default)]
+    pub reasoning_tokens: usize,
 }
 
 /// One event of a turn's stream. The sequence number is a function of what is said, not of when: 0 `created`,
@@ -202,7 +250,13 @@ pub enum TurnEventBody {
     #[serde(rename = "session.turn.created")]
     Created { session: String, turn: String },
     #[serde(rename = "session.turn.in_progress")]
-    InProgress { session: String, turn: String },
+    InProgress {
+        session: String,
+        turn: String,
+        /// Of the prompt's tokens from the second on, where they were asked for.
+        #[serde(skip)]
+        prompt: Vec<TokenLogprob>,
+    },
     #[serde(rename = "session.turn.output_text.delta")]
     Delta {
         delta: String,
@@ -246,6 +300,8 @@ impl Turn {
 pub struct TurnStream {
     pub session: String,
     pub turn: String,
+    /// How the text of the events is to be read.
+    pub answer_format: AnswerFormat,
     pub events: tokio::sync::mpsc::UnboundedReceiver<TurnEvent>,
 }
 
@@ -256,12 +312,15 @@ pub struct ChatRequest {
     pub messages: Vec<Message>,
     /// Id or name of a session: `messages` are then only the new ones. A name that does not exist is created.
     pub session: Option<String>,
-    pub tools: Vec<Value>,
+    /// In OpenAI's shape. None: those of the session, if it has any (see [`TurnRequest::tools`]).
+    pub tools: Option<Vec<Value>>,
     pub generation: Generation,
     /// Independent answers to the same messages.
     pub n: usize,
     /// False: the implicit session is deleted when the answer is complete.
     pub store: bool,
+    /// See [`CreateSession::cache_salt`]. A session that is there already keeps its own.
+    pub cache_salt: Option<String>,
 }
 
 /// One line of a session's durable log.
@@ -311,6 +370,15 @@ pub enum SessionError {
     SessionNotFound(String),
     #[error("no turn '{0}' in this session")]
     TurnNotFound(String),
+    #[error("no response '{0}'")]
+    ResponseNotFound(String),
+    #[error("no item '{0}' here")]
+    ItemNotFound(String),
+    #[error("no API key '{0}'")]
+    KeyNotFound(String),
+    /// Status 409.
+    #[error("the name '{0}' belongs to another API key: choose another, or revoke that key first")]
+    KeyNameTaken(String),
     #[error("model '{0}' is not loaded; loaded: {1}")]
     ModelNotFound(String, String),
     /// Status 409.

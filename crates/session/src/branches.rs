@@ -7,6 +7,7 @@ use dormouse_store::{Cut, History, Leaf, NewSession, StoreError};
 use serde_json::json;
 
 use crate::api::*;
+use crate::realms::realm;
 use crate::records::{self, Settings, decode, encode, new_event};
 use crate::runtime::{Runtime, detached};
 use crate::turns::PLANNING_ATTEMPTS;
@@ -60,7 +61,7 @@ impl Runtime {
         let source = history.session;
         let at = cut.tokens;
         log.truncate(at);
-        let claim = claim(&engine, &settings, log).await?;
+        let claim = claim(&engine, tenant, &settings, log).await?;
         settings.forked_from = Some(ForkedFrom { session: source.id.clone(), at });
         let data = json!({ "model": settings.model, "name": name, "forked_from": settings.forked_from });
         let new = NewSession {
@@ -120,10 +121,11 @@ impl Runtime {
         }
         let settings: Settings = decode(&history.settings)?;
         let engine = self.inner.engine_of(&settings)?;
+        let tenant = Tenant(history.session.tenant.clone());
         let cut = cut::at(&history, &log, engine.model().tokenizer(), Some(to), "to")?;
         let data = json!({ "tokens": cut.tokens, "tokens_before": log.len(), "turns_dropped": history.turns.len() - cut.turns });
         log.truncate(cut.tokens);
-        let claim = claim(engine, &settings, log).await?;
+        let claim = claim(engine, &tenant, &settings, log).await?;
         let events = vec![new_event("session.rewound", None, data)];
         let (fence, leaf, now_ms) = (history.session.fence, leaf(engine, claim), ids::now_ms());
         let rewound = self.inner.store.rewind_session(id, fence, cut, leaf, events, now_ms).await;
@@ -162,11 +164,16 @@ pub(crate) struct Branch {
 }
 
 /// Claims the pages of a log; of another tokenizer's log there are none.
-async fn claim(engine: &Engine, settings: &Settings, log: Vec<u32>) -> Result<Claim, SessionError> {
+async fn claim(
+    engine: &Engine,
+    tenant: &Tenant,
+    settings: &Settings,
+    log: Vec<u32>,
+) -> Result<Claim, SessionError> {
     if settings.tokenizer != records::hex(&engine.model().tokenizer().fingerprint()) {
         return Ok(Claim { leaf_slot: None, kv_len: 0 });
     }
-    Ok(engine.claim(log).await?)
+    Ok(engine.claim(realm(tenant, settings), log).await?)
 }
 
 fn leaf(engine: &Engine, claim: Claim) -> Leaf {

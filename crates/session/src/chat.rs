@@ -17,11 +17,11 @@ use crate::{cut, ids};
 
 /// Where a conversation goes on.
 #[derive(Clone, Debug)]
-struct Base {
-    session: String,
+pub(crate) struct Base {
+    pub session: String,
     /// Leading messages of the request that the session holds.
-    messages: usize,
-    known: Known,
+    pub messages: usize,
+    pub known: Known,
     /// The session ends there, and belongs to nobody else.
     continuable: bool,
 }
@@ -73,17 +73,22 @@ impl Runtime {
         session: &str,
         request: ChatRequest,
     ) -> Result<TurnStream, SessionError> {
+        let mut is_new = false;
         let id = match self.get(tenant, session).await {
             Ok(session) => session.id,
             Err(SessionError::SessionNotFound(_)) if !session.starts_with("sess_") => {
                 let new = CreateSession {
                     model: request.model,
                     name: Some(session.to_owned()),
-                    tools: request.tools,
+                    tools: request.tools.clone().unwrap_or_default(),
+                    cache_salt: request.cache_salt,
                     ..CreateSession::default()
                 };
                 match self.create(tenant, new).await {
-                    Ok(session) => session.id,
+                    Ok(session) => {
+                        is_new = true;
+                        session.id
+                    }
                     // Another request has just created it.
                     Err(SessionError::NameTaken(_)) => self.get(tenant, session).await?.id,
                     Err(why) => return Err(why),
@@ -91,7 +96,17 @@ impl Runtime {
             }
             Err(why) => return Err(why),
         };
-        Ok(self.begin(tenant, &id, Start::new(request.messages, request.generation)).await?.1)
+        let start = Start { tools: request.tools, ..Start::new(request.messages, request.generation) };
+        match self.begin(tenant, &id, start).await {
+            Ok((_, events)) => Ok(events),
+            Err(why) => {
+                // A request that is refused leaves nothing; unless another has found the session meanwhile.
+                if is_new && let Err(left) = self.delete_by_id(&id).await {
+                    tracing::warn!(session = id, "a session without a turn could not be deleted: {left}");
+                }
+                Err(why)
+            }
+        }
     }
 
     async fn chat_whole(
@@ -99,7 +114,11 @@ impl Runtime {
         tenant: &Tenant,
         request: ChatRequest,
     ) -> Result<Vec<TurnStream>, SessionError> {
-        let create = CreateSession { tools: request.tools.clone(), ..CreateSession::default() };
+        let create = CreateSession {
+            tools: request.tools.clone().unwrap_or_default(),
+            cache_salt: request.cache_salt.clone(),
+            ..CreateSession::default()
+        };
         let settings = self.new_settings(request.model.as_deref(), &create)?;
         let base = self.longest_known(tenant, &settings, &request.messages).await?;
         let whole = Whole { settings, messages: request.messages, base, store: request.store };
@@ -182,7 +201,8 @@ impl Runtime {
             if log.len() < base.known.tokens {
                 return Ok(None);
             }
-            let settings: Settings = decode(&history.settings)?;
+            // What the conversation was found to begin with is the branch's own.
+            let settings = Settings { own: None, ..decode(&history.settings)? };
             let engine = self.inner.engine_of(&settings)?.clone();
             let place = Place::Token(base.known.tokens);
             let cut: Cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&place), "messages")?;
@@ -203,7 +223,7 @@ impl Runtime {
 
     /// The most leading messages whose tokens a session's log holds, and that place. At least one message stays, to be
     /// answered.
-    async fn longest_known(
+    pub(crate) async fn longest_known(
         &self,
         tenant: &Tenant,
         settings: &Settings,
@@ -233,7 +253,11 @@ impl Runtime {
             if boundary.position > row.log_len {
                 continue;
             }
-            let continuable = row.implicit && row.active_turn.is_none() && row.log_len == boundary.position;
+            // A response's session ends with its answer.
+            let continuable = row.implicit
+                && row.active_turn.is_none()
+                && row.log_len == boundary.position
+                && !self.inner.store.has_responses(&row.id).await?;
             if best.as_ref().is_none_or(|best| continuable && !best.continuable) {
                 let known = Known { tokens: boundary.position, hash: hashes[boundary.index] };
                 let messages = counts[boundary.index];

@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use dormouse_answer::AnswerFormat;
 use dormouse_engine::OutputText;
 use dormouse_models::{TokenId, Tokenizer};
 use dormouse_store::{Cut, History, TurnRow};
 use serde_json::Value;
 
+use crate::answers::{answer_message, shown};
 use crate::api::{Place, SessionError};
 use crate::records::{self, KnownItem, TurnRecord};
 
@@ -92,7 +94,10 @@ fn at_token(
     let partial_item = match history.items.get(items) {
         Some(row) if row.token_start < position => {
             let item = KnownItem::from_row(row.clone())?;
-            partial(item, &log[row.token_start..position], tokenizer, position)
+            let turn = item.turn.as_deref().and_then(|turn| find(history, turn).ok());
+            let format = turn.map(|(_, row)| records::decode::<TurnRecord>(&row.record)).transpose()?;
+            let format = format.map(|record| record.answer_format).unwrap_or_default();
+            partial(item, &format, &log[row.token_start..position], tokenizer, position)
         }
         _ => None,
     };
@@ -110,33 +115,36 @@ fn at_token(
 /// What the tokens before the cut hold of the item's text; None when that is nothing.
 fn partial(
     mut item: KnownItem,
+    format: &AnswerFormat,
     tokens: &[TokenId],
     tokenizer: &Arc<Tokenizer>,
     position: usize,
 ) -> Option<KnownItem> {
-    let shown = text_of(tokens, tokenizer);
-    let kept = if item.generated {
-        shown
-    } else {
-        // The template's own words come before the content's.
-        let content = item.content();
-        // Behind an answer that a stop string ended come tokens of the stop string.
-        let whole = shown.starts_with(content).then_some(content.len());
-        let ends = content.char_indices().map(|(at, _)| at).chain([content.len()]);
-        let kept = whole.or_else(|| ends.rev().find(|end| shown.ends_with(&content[..*end]))).unwrap_or(0);
-        content[..kept].to_owned()
-    };
+    let text = text_of(tokens, tokenizer, &shown(tokenizer, format));
+    item.token_end = position;
+    if item.generated {
+        item.message = answer_message(item.turn.as_deref().unwrap_or_default(), format, &text);
+        return (!text.is_empty()).then_some(item);
+    }
+    // The template's own words come before the content's.
+    let content = item.content();
+    // Behind an answer that a stop string ended come tokens of the stop string.
+    let whole = text.starts_with(content).then_some(content.len());
+    let ends = content.char_indices().map(|(at, _)| at).chain([content.len()]);
+    let kept = whole.or_else(|| ends.rev().find(|end| text.ends_with(&content[..*end]))).unwrap_or(0);
+    let kept = content[..kept].to_owned();
     if kept.is_empty() {
         return None;
     }
     item.message.insert("content".into(), Value::from(kept));
-    item.token_end = position;
+    // They come after the content.
+    item.message.shift_remove("tool_calls");
     Some(item)
 }
 
 /// The text of generated tokens, whole.
-pub(crate) fn text_of(tokens: &[TokenId], tokenizer: &Arc<Tokenizer>) -> String {
-    let mut output = OutputText::new(tokenizer, &[]);
+pub(crate) fn text_of(tokens: &[TokenId], tokenizer: &Arc<Tokenizer>, shown: &[TokenId]) -> String {
+    let mut output = OutputText::new(tokenizer, &[], shown);
     let mut text = String::new();
     for token in tokens {
         text.push_str(&output.push(*token).0);

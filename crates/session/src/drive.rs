@@ -8,12 +8,13 @@ use dormouse_store::{FinishTurn, StoreError, UpdateSession};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 
+use crate::answers::{self, answer_message, shown};
 use crate::api::*;
 use crate::chain::Chain;
 use crate::cut::text_of;
 use crate::hub::Hub;
 use crate::ids;
-use crate::records::{self, KnownItem, TurnRecord, encode, message, new_event};
+use crate::records::{self, KnownItem, TurnRecord, encode, new_event};
 use crate::runtime::{Inner, Runtime};
 
 /// How often a turn whose client may leave is looked after.
@@ -56,7 +57,12 @@ impl Runtime {
     /// Starts the task that drives a turn. The turn's hub is registered when this returns.
     pub(crate) fn drive(&self, run: Run, cancel_when_left: bool) -> Result<Arc<Hub>, SessionError> {
         let alive = self.inner.keep_alive()?;
-        let hub = Arc::new(Hub::new(&run.spec.session, &run.spec.turn, cancel_when_left));
+        let hub = Arc::new(Hub::new(
+            &run.spec.session,
+            &run.spec.turn,
+            run.record.answer_format.clone(),
+            cancel_when_left,
+        ));
         self.inner.add_hub(&hub);
         let (runtime, driven) = (self.clone(), Arc::clone(&hub));
         tokio::spawn(async move {
@@ -95,10 +101,9 @@ impl Runtime {
         let (mut text, mut tokens) = (String::new(), Vec::new());
         while let Some(event) = self.next_event(&mut events, run, hub).await {
             match event {
-                Event::Started(_) => {
-                    let (session, turn) = (hub.session.clone(), hub.turn.clone());
-                    hub.publish(1, TurnEventBody::InProgress { session, turn });
-                }
+                Event::Started(_) if run.spec.prompt_logprobs.is_some() => {}
+                Event::Started(_) => hub.publish(1, hub.in_progress(Vec::new())),
+                Event::Prompt(logprobs) => hub.publish(1, hub.in_progress(logprobs)),
                 Event::Token(output) => {
                     text.push_str(&output.text);
                     tokens.push(output.token);
@@ -166,7 +171,7 @@ impl Runtime {
                 Vec::new()
             }
         };
-        let mut output = OutputText::new(run.engine.model().tokenizer(), &run.spec.stop);
+        let mut output = OutputText::new(run.engine.model().tokenizer(), &run.spec.stop, &run.spec.shown);
         let told: String = tokens.iter().map(|token| output.push(*token).0).collect();
         let rest = output.finish();
         End {
@@ -223,7 +228,7 @@ impl Runtime {
             tracing::warn!(session = hub.session, "the session's model could not be recorded: {why}");
         }
         if run.record.delete_after
-            && let Err(why) = self.delete_by_id(&hub.session).await
+            && let Err(why) = self.delete_with(&hub.session, !run.record.keep_pages).await
         {
             // The sweeper tries again when its time is up.
             tracing::warn!(session = hub.session, "an unstored session could not be deleted: {why}");
@@ -267,6 +272,7 @@ impl Runtime {
         let prompt_tokens = spec.output_start;
         let cached_tokens =
             end.receipt.as_ref().map_or(0, |receipt| receipt.restored_tokens.min(prompt_tokens));
+        let tokenizer = run.engine.model().tokenizer();
         let record = &mut run.record;
         record.status = end.status;
         record.finish_reason = end.reason;
@@ -277,34 +283,45 @@ impl Runtime {
             completion_tokens: end.output.len(),
             total_tokens: prompt_tokens + end.output.len(),
             cached_tokens,
+            reasoning_tokens: answers::reasoning_tokens(
+                &end.output,
+                tokenizer,
+                &record.generation.stop,
+                &record.answer_format,
+            ),
         };
         record.receipt = end.receipt;
         record.output_text = end.text;
         let log_end = prompt_tokens + end.output.len();
         // The log holds more than was said: from the next turn on the model sees what the client saw.
         let cut_short = !record.generation.stop.is_empty()
-            && text_of(&end.output, run.engine.model().tokenizer()) != record.output_text;
+            && text_of(&end.output, tokenizer, &shown(tokenizer, &record.answer_format))
+                != record.output_text;
         let item = match end.output.len() {
             0 => None,
             _ => Some(KnownItem {
-                id: ids::mint("item_")?,
+                id: ids::item_of(&spec.turn),
                 turn: Some(spec.turn.clone()),
-                message: message("assistant", &record.output_text),
+                message: answer_message(&spec.turn, &record.answer_format, &record.output_text),
                 generated: !cut_short,
                 token_start: prompt_tokens,
                 token_end: log_end,
                 created_ms: now_ms,
             }),
         };
-        record.output = cut_short.then_some(end.output);
+        record.output = (cut_short || record.keep_output).then_some(end.output);
         let mut boundaries = Vec::new();
-        if let Some(item) = &item {
+        // A session that goes at once is nobody's beginning.
+        if let Some(item) = item.as_ref().filter(|_| !record.delete_after) {
             boundaries.push((run.chain.add(&item.message), log_end));
         }
         let row = self.inner.store.session(&spec.session).await?;
         let settings = self.inner.settings(&spec.session).await?;
         let expires_ms = match row.implicit {
-            true => Some(now_ms + self.inner.options.implicit_ttl_seconds * 1000),
+            true => {
+                let ttl_seconds = settings.ttl_seconds.unwrap_or(self.inner.options.implicit_ttl_seconds);
+                Some(now_ms + ttl_seconds * 1000)
+            }
             false => settings.expires_ms(now_ms),
         };
         let kind = match record.status {

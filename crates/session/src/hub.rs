@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use dormouse_answer::AnswerFormat;
+use dormouse_engine::TokenLogprob;
 use tokio::sync::{mpsc, watch};
 
 use crate::api::{TurnEvent, TurnEventBody};
@@ -10,6 +12,7 @@ use crate::api::{TurnEvent, TurnEventBody};
 pub(crate) struct Hub {
     pub session: String,
     pub turn: String,
+    pub answer_format: AnswerFormat,
     /// Ends with its followers: nobody else waits for the turn.
     pub cancel_when_left: bool,
     /// Someone asked for the end, perhaps before the engine had the turn.
@@ -48,10 +51,11 @@ impl Follower {
 }
 
 impl Hub {
-    pub fn new(session: &str, turn: &str, cancel_when_left: bool) -> Hub {
+    pub fn new(session: &str, turn: &str, answer_format: AnswerFormat, cancel_when_left: bool) -> Hub {
         let hub = Hub {
             session: session.to_owned(),
             turn: turn.to_owned(),
+            answer_format,
             cancel_when_left,
             cancelled: AtomicBool::new(false),
             state: Mutex::default(),
@@ -59,6 +63,11 @@ impl Hub {
         };
         hub.publish(0, TurnEventBody::Created { session: session.to_owned(), turn: turn.to_owned() });
         hub
+    }
+
+    /// Says that the turn runs, and what the model thinks of its prompt.
+    pub fn in_progress(&self, prompt: Vec<TokenLogprob>) -> TurnEventBody {
+        TurnEventBody::InProgress { session: self.session.clone(), turn: self.turn.clone(), prompt }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -166,9 +175,9 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_attaches_gets_each_event_after_the_given_one_exactly_once() {
-        let hub = Hub::new("s", "t", false);
+        let hub = Hub::new("s", "t", AnswerFormat::default(), false);
         let first = hub.follow(None);
-        hub.publish(1, TurnEventBody::InProgress { session: "s".into(), turn: "t".into() });
+        hub.publish(1, hub.in_progress(Vec::new()));
         hub.publish(2, delta("a"));
         let late = hub.follow(Some(1));
         hub.publish(4, delta("b"));
@@ -184,7 +193,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_follower_has_seen_is_not_told_again_when_it_is_computed_again() {
-        let hub = Hub::new("s", "t", false);
+        let hub = Hub::new("s", "t", AnswerFormat::default(), false);
         let again = hub.follow(Some(4));
         for number in 2..7 {
             hub.publish(number, delta("x"));
@@ -195,7 +204,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_is_told_even_to_those_who_saw_higher_numbers() {
-        let hub = Hub::new("s", "t", false);
+        let hub = Hub::new("s", "t", AnswerFormat::default(), false);
         let ahead = hub.follow(Some(40));
         hub.publish(2, delta("a"));
         hub.publish_rest(2, delta("told already"));
@@ -213,6 +222,8 @@ mod tests {
             error: None,
             error_code: None,
             output_text: "ab".into(),
+            message: Default::default(),
+            answer_format: Default::default(),
             usage: Usage::default(),
             dormouse: None,
         };
@@ -223,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_hub_is_left_when_its_last_follower_is_gone() {
-        let hub = Hub::new("s", "t", true);
+        let hub = Hub::new("s", "t", AnswerFormat::default(), true);
         assert!(!hub.is_left());
         let (one, two) = (hub.follow(None), hub.follow(None));
         drop(one);
@@ -234,7 +245,7 @@ mod tests {
 
     #[tokio::test]
     async fn others_may_wait_for_the_first_token() {
-        let hub = Hub::new("s", "t", false);
+        let hub = Hub::new("s", "t", AnswerFormat::default(), false);
         let mut warm = hub.warm();
         assert!(!*warm.borrow());
         hub.publish(2, delta("a"));

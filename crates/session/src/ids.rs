@@ -12,6 +12,12 @@ pub(crate) fn mint(prefix: &str) -> Result<String, SessionError> {
     Ok(format!("{prefix}{:032x}", u128::from_be_bytes(random)))
 }
 
+/// The id of a turn's answer among the items of its session: that of the turn under another prefix, so that whoever
+/// reads the answer's stream knows it, also after a crash.
+pub(crate) fn item_of(turn: &str) -> String {
+    format!("item_{}", turn.strip_prefix("turn_").unwrap_or(turn))
+}
+
 /// A seed for sessions and turns that name none.
 pub(crate) fn random_seed() -> Result<u64, SessionError> {
     let mut random = [0u8; 8];

@@ -6,23 +6,37 @@
 #[cfg(test)]
 extern crate self as dormouse_session;
 
+mod answers;
 pub mod api;
 mod branches;
 mod chain;
 mod chat;
+mod completions;
 mod cut;
+mod draft;
+mod dressing;
 mod drive;
 mod events;
+mod grammar;
 mod hub;
 mod ids;
+mod items;
+pub mod keys;
 mod metrics;
+mod realms;
 mod records;
 mod recovery;
 mod rendering;
+mod replay;
 mod residency;
+mod responses;
 pub mod runtime;
 mod sessions;
+mod truncation;
 mod turns;
 
 pub use api::*;
+pub use completions::{Completion, CompletionRequest, RawPrompt};
+pub use keys::{ApiKey, KnownKey, NewKey, Scope};
+pub use responses::{Response, ResponseRequest};
 pub use runtime::{Runtime, RuntimeOptions};

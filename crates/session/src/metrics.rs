@@ -5,6 +5,7 @@
 //! | `dormouse_sessions{status}` | sessions in the database |
 //! | `dormouse_healthy` | 1 when turns are served |
 //! | `dormouse_turns_running{model}`, `dormouse_turns_waiting{model}` | turns in the engine |
+//! | `dormouse_turns_paused{model}`, `dormouse_pauses_total{model}` | turns whose pages others needed |
 //! | `dormouse_steps_total{model}` | forward passes |
 //! | `dormouse_prompt_tokens_computed_total{model}` | prompt tokens computed |
 //! | `dormouse_output_tokens_total{model}` | tokens generated |
@@ -14,7 +15,8 @@
 //! | `dormouse_recomputed_tokens_total{model}` | tokens computed although they had been before |
 //! | `dormouse_restored_bytes_read_total{model}` | bytes read from disk to restore KV |
 //! | `dormouse_commits_total{model}`, `dormouse_commit_failures_total{model}` | durable steps |
-//! | `dormouse_kv_slots{model,state}` | page slots by state: total, used, free, claimed, pinned, quota |
+//! | `dormouse_kv_slots{model,state}` | page slots by state: total, used, free, claimed, pinned, in_ram, quota |
+//! | `dormouse_kv_paged_out_total{model}` | pages that left RAM to stay within its budget |
 //! | `dormouse_kv_slot_bytes{model}` | bytes of a page slot |
 //! | `dormouse_kv_evictions_total{model}`, `dormouse_kv_copies_on_write_total{model}` | pages evicted, tails copied |
 //! | `dormouse_kv_deduplicated_total{model}`, `dormouse_kv_damaged_total{model}` | pages shared late, found damaged |
@@ -61,6 +63,8 @@ type Metric = (&'static str, &'static str, &'static str, fn(&EngineStats) -> u64
 const METRICS: &[Metric] = &[
     ("dormouse_turns_running", "gauge", "Turns being computed", |it| it.running as u64),
     ("dormouse_turns_waiting", "gauge", "Turns waiting to be computed", |it| it.waiting as u64),
+    ("dormouse_turns_paused", "gauge", "Turns whose pages others needed", |it| it.paused as u64),
+    ("dormouse_pauses_total", "counter", "Times a turn gave its pages to others", |it| it.pauses),
     ("dormouse_steps_total", "counter", "Forward passes", |it| it.steps),
     ("dormouse_prompt_tokens_computed_total", "counter", "Prompt tokens computed", |it| {
         it.prompt_tokens_computed
@@ -87,6 +91,9 @@ const METRICS: &[Metric] = &[
     ("dormouse_kv_evictions_total", "counter", "Pages evicted", |it| it.kv.evictions),
     ("dormouse_kv_copies_on_write_total", "counter", "Tail pages copied", |it| it.kv.copies_on_write),
     ("dormouse_kv_deduplicated_total", "counter", "Pages found to exist already", |it| it.kv.deduplicated),
+    ("dormouse_kv_paged_out_total", "counter", "Pages that left RAM to stay within its budget", |it| {
+        it.kv.paged_out
+    }),
     ("dormouse_kv_damaged_total", "counter", "Pages that failed their checksum", |it| it.kv.damaged),
     ("dormouse_kv_committed_bytes_total", "counter", "KV bytes made durable", |it| it.kv.bytes_committed),
 ];
@@ -131,6 +138,7 @@ impl Exposition {
                 ("free", kv.slots_free),
                 ("claimed", kv.slots_claimed),
                 ("pinned", kv.slots_pinned),
+                ("in_ram", kv.slots_in_ram),
             ] {
                 self.sample("dormouse_kv_slots", &[("model", model), ("state", state)], slots as u64);
             }

@@ -1,12 +1,31 @@
 //! What the session crate writes into the store's JSON columns, and how it becomes the API's objects.
 
+use dormouse_answer::AnswerFormat;
 use dormouse_engine::{FinishReason, Receipt};
 use dormouse_store::{EventRow, ItemRow, NewEvent, SessionRow, StoreError, TurnRow};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::answers;
 use crate::api::*;
+
+/// What a prompt begins with.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Frame {
+    pub instructions: Option<String>,
+    pub tools: Vec<Value>,
+}
+
+impl Frame {
+    /// What `other` has, where this has nothing.
+    pub fn or(self, other: &Frame) -> Frame {
+        Frame {
+            instructions: self.instructions.or_else(|| other.instructions.clone()),
+            tools: if self.tools.is_empty() { other.tools.clone() } else { self.tools },
+        }
+    }
+}
 
 /// A session's settings.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -16,14 +35,21 @@ pub(crate) struct Settings {
     pub tokenizer: String,
     /// Fingerprint of the model that computed last, in hexadecimal.
     pub fingerprint: String,
+    /// What the log begins with.
     pub instructions: Option<String>,
     pub tools: Vec<Value>,
+    /// The session's own instructions and tools, where the last turn had others for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own: Option<Frame>,
     pub metadata: Map<String, Value>,
     pub seed: u64,
     pub kv_dtype: String,
     pub ttl_seconds: Option<u64>,
     pub pinned: bool,
     pub forked_from: Option<ForkedFrom>,
+    /// Its pages are shared only with sessions that have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_salt: Option<String>,
 }
 
 impl Settings {
@@ -45,13 +71,22 @@ pub(crate) struct TurnRecord {
     pub input_start: usize,
     /// Delete the session when the turn is over.
     pub delete_after: bool,
+    /// Its pages stay as cache all the same.
+    #[serde(default)]
+    pub keep_pages: bool,
     pub completed_ms: Option<u64>,
     pub finish_reason: Option<FinishReason>,
     pub error: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_code: Option<FailureCode>,
     pub output_text: String,
-    /// The output tokens of an answer that ended with a stop string: the next turn takes them out of the log.
+    #[serde(default, skip_serializing_if = "AnswerFormat::is_plain")]
+    pub answer_format: AnswerFormat,
+    /// Keep the output tokens here, too: the events of a response are told again whatever becomes of the log.
+    #[serde(default)]
+    pub keep_output: bool,
+    /// The output tokens: where they are to be kept, and of an answer that ended with a stop string, as the next turn takes
+    /// them out of the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Vec<u32>>,
     pub usage: Usage,
@@ -151,16 +186,19 @@ pub(crate) fn session(row: SessionRow, settings: Settings, kv_token_bytes: usize
     let status = match (&row.active_turn, &row.error) {
         (Some(_), _) => SessionStatus::InProgress,
         (None, Some(_)) => SessionStatus::Failed,
+        (None, None) if row.waits => SessionStatus::RequiresAction,
         (None, None) => SessionStatus::Idle,
     };
+    let held = Frame { instructions: settings.instructions, tools: settings.tools };
+    let own = settings.own.unwrap_or(held);
     Session {
         id: row.id,
         object: "session".into(),
         model: settings.model,
         name: row.name,
         status,
-        instructions: settings.instructions,
-        tools: settings.tools,
+        instructions: own.instructions,
+        tools: own.tools,
         metadata: settings.metadata,
         seed: settings.seed,
         kv_dtype: settings.kv_dtype,
@@ -192,6 +230,13 @@ pub(crate) fn turn(session: &str, row: &TurnRow) -> Result<Turn, SessionError> {
 }
 
 pub(crate) fn turn_of(session: &str, id: &str, created_ms: u64, record: TurnRecord) -> Turn {
+    let mut message = Map::new();
+    if record.status != TurnStatus::InProgress {
+        message = answers::answer_message(id, &record.answer_format, &record.output_text);
+        if message.contains_key("tool_calls") && content(&message).is_empty() {
+            message.insert("content".into(), Value::Null);
+        }
+    }
     Turn {
         id: id.to_owned(),
         object: "session.turn".into(),
@@ -204,6 +249,8 @@ pub(crate) fn turn_of(session: &str, id: &str, created_ms: u64, record: TurnReco
         error: record.error,
         error_code: record.error_code,
         output_text: record.output_text,
+        message,
+        answer_format: record.answer_format,
         usage: record.usage,
         dormouse: record.receipt,
     }
@@ -233,6 +280,8 @@ impl From<StoreError> for SessionError {
             StoreError::SessionNotFound(session) => SessionError::SessionNotFound(session),
             StoreError::Busy { session, turn } => SessionError::Busy { session, turn },
             StoreError::NameTaken(name) => SessionError::NameTaken(name),
+            StoreError::KeyNotFound(key) => SessionError::KeyNotFound(key),
+            StoreError::KeyNameTaken(name) => SessionError::KeyNameTaken(name),
             StoreError::Full(_) => SessionError::OutOfSpace(error.to_string()),
             StoreError::Closed => SessionError::Stopping,
             other => SessionError::Internal(other.to_string()),

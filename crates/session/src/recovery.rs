@@ -9,8 +9,10 @@ use serde_json::json;
 
 use crate::api::*;
 use crate::drive::Run;
+use crate::grammar::grammar;
 use crate::hub::Hub;
 use crate::ids;
+use crate::realms::realm;
 use crate::records::{self, Settings, TurnRecord, decode, encode, message, new_event};
 use crate::runtime::Runtime;
 use crate::turns::{root_chain, spec};
@@ -66,13 +68,32 @@ impl Runtime {
         }
         let starts = items.iter().map(|item| item.token_start).collect();
         let durable = log.len();
-        let orders = spec(&engine, &record, &row.id, &turn, row.fence, log);
+        let realm = realm(&tenant, &settings);
+        let grammar = {
+            let (engine, tools) = (engine.clone(), settings.tools.clone());
+            let (generation, format) = (record.generation.clone(), record.answer_format.clone());
+            let compiled =
+                tokio::task::spawn_blocking(move || grammar(&engine, &tools, &generation, &format));
+            compiled
+                .await
+                .map_err(|why| SessionError::Internal(format!("compiling the grammar failed: {why}")))?
+        };
+        let grammar = match grammar {
+            Ok(grammar) => grammar,
+            Err(why) => {
+                let error =
+                    format!("the form of this turn's answer cannot be promised by this version: {why}");
+                self.give_up(&row, turn_row, log.len(), TurnStatus::Failed, Some(&error)).await?;
+                return Ok(false);
+            }
+        };
+        let orders = spec(&engine, &record, &row.id, &turn, row.fence, log, realm);
         // A first token of the answer means that the whole prompt was computed.
         let begun = if durable > orders.output_start { durable - 1 } else { 0 };
         let covered = row.kv_len.max(records::computed(&history.turns)).max(begun).min(durable);
         let claim = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
         let run = Run {
-            spec: TurnSpec { covered, claim, ..orders },
+            spec: TurnSpec { covered, claim, grammar, ..orders },
             engine,
             record,
             created_ms: turn_row.created_ms,

@@ -6,9 +6,10 @@
 
 use dormouse_models::chat_template::ChatTemplate;
 use dormouse_models::{Specials, TokenId, Tokenizer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::api::{Message, SessionError};
+use crate::dressing::{Dressed, dress};
 use crate::records::{KnownItem, content};
 
 /// What speaks a model's language.
@@ -23,6 +24,8 @@ pub(crate) struct Conversation<'a> {
     pub items: &'a [KnownItem],
     pub input: &'a [Message],
     pub tools: &'a [Value],
+    /// Further variables of the template.
+    pub variables: &'a Map<String, Value>,
     /// The session's token log; empty when its tokens are another tokenizer's.
     pub log: &'a [TokenId],
 }
@@ -38,6 +41,18 @@ pub(crate) struct Prompt {
     pub keep_items: usize,
     /// Token ranges of the items from there on and of the input's messages, in order.
     pub ranges: Vec<(usize, usize)>,
+    /// The last characters of the prompt's text: whether they open the reasoning is the template's choice.
+    pub end: String,
+}
+
+/// Bytes of a prompt's end that are kept: more than any mark has.
+const END_BYTES: usize = 64;
+
+impl Prompt {
+    /// Tokens of the log as it then is.
+    pub fn len(&self) -> usize {
+        self.keep_tokens + self.tokens.len()
+    }
 }
 
 /// A part of rendered text.
@@ -58,25 +73,47 @@ impl Piece {
 
 impl Voice<'_> {
     pub fn plan(&self, conversation: &Conversation<'_>) -> Result<Prompt, SessionError> {
-        let Conversation { system, items, input, tools, log } = conversation;
+        let Conversation { system, items, input, tools, variables, log } = conversation;
         check_fields(self, input)?;
+        check_hostile(self, variables.values(), "chat_template_kwargs")?;
         let preface = usize::from(system.is_some());
-        let messages: Vec<Message> =
+        let mut messages: Vec<Message> =
             system.iter().chain(items.iter().map(|item| &item.message)).chain(*input).cloned().collect();
         let anchor = items
             .iter()
             .rposition(|item| item.generated && 0 < item.token_end && item.token_end <= log.len());
-        let rendered = self.template.render(&messages, tools, true)?;
-        let skeleton = self.skeleton(&messages, tools, anchor.map(|item| item + preface))?;
+        // What the log holds is not written again.
+        let known = anchor.map_or(0, |anchor| anchor + preface + 1);
+        for message in &mut messages[known..] {
+            // An answer can do without its reasoning, and few templates show it again.
+            if let Some(reasoning) = message.get("reasoning_content")
+                && self.is_hostile_inside(reasoning)?
+            {
+                message.shift_remove("reasoning_content");
+            }
+        }
+        let calls = messages[known..].iter().filter_map(|message| message.get("tool_calls"));
+        let mut as_text = false;
+        for value in tools.iter().chain(calls) {
+            as_text = as_text || self.is_hostile_inside(value)?;
+        }
+        let Dressed { messages, tools, places } = dress(self.template, messages, tools, as_text);
+        let rendered = self.template.render_with(&messages, &tools, true, variables)?;
+        let end = rendered.floor_char_boundary(rendered.len().saturating_sub(END_BYTES));
+        let end = rendered[end..].to_owned();
+        let skeleton = |anchor| self.skeleton(&messages, &tools, variables, anchor);
         if let Some(anchor) = anchor
-            && let Some(after) = skeleton
-                .iter()
-                .rposition(|piece| matches!(piece, Piece::Content(at, _) if *at == anchor + preface))
+            && let place = places[anchor + preface]
+            // A template may refuse results that have no calls before them.
+            && let Ok(skeleton) = skeleton(Some(place))
+            && let Some(after) =
+                skeleton.iter().rposition(|piece| matches!(piece, Piece::Content(at, _) if *at == place))
         {
             let pieces = align(&skeleton[after + 1..], &messages, &rendered, false)
                 .unwrap_or_else(|| filled(&skeleton[after + 1..], &messages));
             let keep = items[anchor].token_end;
             let mut prompt = self.tokenize(&pieces, messages.len(), keep, false)?;
+            prompt.end = end;
             // The answer may have ended with the very token that the template closes it with.
             if let Some(first) = prompt.tokens.first().copied()
                 && log[keep - 1] == first
@@ -88,9 +125,10 @@ impl Voice<'_> {
                 }
             }
             prompt.keep_items = anchor + 1;
-            prompt.ranges.drain(..anchor + 1 + preface);
+            prompt.ranges = undressed(&prompt.ranges, &places[anchor + preface + 1..]);
             return Ok(prompt);
         }
+        let skeleton = skeleton(None)?;
         let pieces = match align(&skeleton, &messages, &rendered, true) {
             Some(pieces) => pieces,
             None => self.unaligned(&skeleton, &messages, &rendered)?,
@@ -98,16 +136,19 @@ impl Voice<'_> {
         let bos = self.tokenizer.bos_text();
         let add_bos = self.tokenizer.adds_bos() && (bos.is_empty() || !rendered.starts_with(&bos));
         let mut prompt = self.tokenize(&pieces, messages.len(), 0, add_bos)?;
-        prompt.ranges.drain(..preface);
+        prompt.ranges = undressed(&prompt.ranges, &places[preface..]);
+        prompt.end = end;
         Ok(prompt)
     }
 
     /// The rendered conversation with unique words in place of the messages' contents, cut at these words.
-    /// Empty contents stay as they are, since templates ask for them; except `anchor`'s.
+    /// Empty contents stay as they are, since templates ask for them; except `anchor`'s, whose calls and reasoning are
+    /// left out: the log holds them.
     fn skeleton(
         &self,
         messages: &[Message],
         tools: &[Value],
+        variables: &Map<String, Value>,
         anchor: Option<usize>,
     ) -> Result<Vec<Piece>, SessionError> {
         let nonce = nonce(messages);
@@ -117,8 +158,11 @@ impl Voice<'_> {
             if !content(message).trim().is_empty() || anchor == Some(index) {
                 message.insert("content".into(), word(index).into());
             }
+            if anchor == Some(index) {
+                message.retain(|field, _| !matches!(field.as_str(), "tool_calls" | "reasoning_content"));
+            }
         }
-        let text = self.template.render(&disguised, tools, true)?;
+        let text = self.template.render_with(&disguised, tools, true, variables)?;
         let mut pieces = Vec::new();
         let mut rest = text.as_str();
         while let Some(at) = rest.find(&nonce) {
@@ -163,7 +207,7 @@ impl Voice<'_> {
         let first = add_bos && tokens.is_empty();
         tokens.extend(self.tokenizer.encode(&text, Specials::Parse, first)?);
         let ranges = self.ranges(pieces, messages, &tokens, base, add_bos);
-        Ok(Prompt { keep_tokens: base, tokens, keep_items: 0, ranges })
+        Ok(Prompt { keep_tokens: base, tokens, keep_items: 0, ranges, end: String::new() })
     }
 
     /// The whole rendering where the places of the contents in it cannot be told. A content with a special token written
@@ -197,10 +241,36 @@ impl Voice<'_> {
         }
     }
 
+    /// Whether a text somewhere in a JSON value holds a special token written out.
+    fn is_hostile_inside(&self, value: &Value) -> Result<bool, SessionError> {
+        let mut rest = vec![value];
+        while let Some(value) = rest.pop() {
+            let hostile = match value {
+                Value::String(text) => self.is_hostile(text)?,
+                Value::Array(values) => {
+                    rest.extend(values);
+                    false
+                }
+                Value::Object(fields) => {
+                    rest.extend(fields.values());
+                    fields
+                        .keys()
+                        .map(|key| self.is_hostile(key))
+                        .collect::<Result<Vec<_>, _>>()?
+                        .contains(&true)
+                }
+                Value::Null | Value::Bool(_) | Value::Number(_) => false,
+            };
+            if hostile {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Whether a message's text holds a special token written out.
     fn is_hostile(&self, content: &str) -> Result<bool, SessionError> {
-        let parsed = self.tokenizer.encode(content, Specials::Parse, false)?;
-        Ok(parsed != self.tokenizer.encode(content, Specials::Literal, false)?)
+        Ok(self.tokenizer.mentions_special(content)?)
     }
 
     /// The token range of each message. A message ends after the end-of-generation token that the template closes
@@ -245,44 +315,50 @@ impl Voice<'_> {
     }
 }
 
-/// Templates write names, tool calls and reasoning among their own words, where special tokens count: none may be
-/// written out there.
+/// Templates write names among their own words, where special tokens count: none may be written out there. (Tools and calls
+/// with one become content, and reasoning is left out.)
 fn check_fields(voice: &Voice<'_>, input: &[Message]) -> Result<(), SessionError> {
     for message in input {
-        for (field, value) in
-            message.iter().filter(|(field, _)| !matches!(field.as_str(), "role" | "content"))
-        {
-            let mut rest = vec![value];
-            while let Some(value) = rest.pop() {
-                let hostile = match value {
-                    Value::String(text) => voice.is_hostile(text)?,
-                    Value::Array(values) => {
-                        rest.extend(values);
-                        false
-                    }
-                    Value::Object(fields) => {
-                        rest.extend(fields.values());
-                        fields
-                            .keys()
-                            .map(|key| voice.is_hostile(key))
-                            .collect::<Result<Vec<_>, _>>()?
-                            .contains(&true)
-                    }
-                    Value::Null | Value::Bool(_) | Value::Number(_) => false,
-                };
-                if hostile {
-                    return Err(SessionError::Invalid {
-                        param: format!("messages.{field}"),
-                        message: format!(
-                            "{field}: one of the model's special tokens is written out in it; take it out, or put it \
-                             into a message's content, where it is ordinary text"
-                        ),
-                    });
-                }
-            }
+        for (field, value) in message.iter().filter(|(field, _)| {
+            !matches!(field.as_str(), "role" | "content" | "tool_calls" | "reasoning_content")
+        }) {
+            check_hostile(voice, [value].into_iter(), &format!("messages.{field}"))?;
         }
     }
     Ok(())
+}
+
+fn check_hostile<'a>(
+    voice: &Voice<'_>,
+    mut values: impl Iterator<Item = &'a Value>,
+    param: &str,
+) -> Result<(), SessionError> {
+    let found = values.find_map(|value| match voice.is_hostile_inside(value) {
+        Ok(false) => None,
+        found => Some(found),
+    });
+    if found.transpose()?.is_none() {
+        return Ok(());
+    }
+    let field = param.strip_prefix("messages.").unwrap_or(param);
+    Err(SessionError::Invalid {
+        param: param.to_owned(),
+        message: format!(
+            "{field}: one of the model's special tokens is written out in it; take it out, or put it into a message's \
+             content, where it is ordinary text"
+        ),
+    })
+}
+
+/// The range of each message that was dressed, from those of what it was dressed as: of several that became one, the first
+/// has its tokens.
+fn undressed(ranges: &[(usize, usize)], places: &[usize]) -> Vec<(usize, usize)> {
+    let mut last = None;
+    let range = |place: &usize| {
+        let (start, end) = ranges[*place];
+        if last.replace(*place) == Some(*place) { (end, end) } else { (start, end) }
+    };
+    places.iter().map(range).collect()
 }
 
 /// A word that is in no message.

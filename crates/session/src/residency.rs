@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use dormouse_engine::{Engine, Receipt};
+use dormouse_engine::{Engine, Realm, Receipt};
 
 use crate::api::*;
+use crate::realms::realm;
 use crate::records::{Settings, decode};
 use crate::runtime::Runtime;
 
@@ -12,9 +13,9 @@ impl Runtime {
     /// Gives back the RAM of the session's pages, where no running turn uses them.
     pub async fn park(&self, tenant: &Tenant, session: &str) -> Result<ParkReceipt, SessionError> {
         let began = Instant::now();
-        let (id, engine, log) = self.pages_of(tenant, session).await?;
+        let (id, engine, realm, log) = self.pages_of(tenant, session).await?;
         let tokens = log.len();
-        let ram_bytes_released = engine.park(log).await?;
+        let ram_bytes_released = engine.park(realm, log).await?;
         let park_ms = began.elapsed().as_secs_f64() * 1000.0;
         Ok(ParkReceipt { session: id, tokens, ram_bytes_released, park_ms })
     }
@@ -26,8 +27,8 @@ impl Runtime {
         session: &str,
         dry_run: bool,
     ) -> Result<Receipt, SessionError> {
-        let (id, engine, log) = self.pages_of(tenant, session).await?;
-        let receipt = engine.resume(log, dry_run).await?;
+        let (id, engine, realm, log) = self.pages_of(tenant, session).await?;
+        let receipt = engine.resume(realm, log, dry_run).await?;
         Ok(Receipt { session: id, ..receipt })
     }
 
@@ -35,11 +36,11 @@ impl Runtime {
         &self,
         tenant: &Tenant,
         session: &str,
-    ) -> Result<(String, Engine, Vec<u32>), SessionError> {
+    ) -> Result<(String, Engine, Realm, Vec<u32>), SessionError> {
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
         let settings: Settings = decode(&self.inner.store.settings(&id).await?)?;
         let engine = self.inner.engine_of(&settings)?.clone();
         let log = self.inner.store.token_log(&id).await?;
-        Ok((id, engine, log))
+        Ok((id, engine, realm(tenant, &settings), log))
     }
 }

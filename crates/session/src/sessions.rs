@@ -24,8 +24,7 @@ impl Runtime {
             Some(SessionStatus::Idle) => Some(StatusFilter::Idle),
             Some(SessionStatus::InProgress) => Some(StatusFilter::InProgress),
             Some(SessionStatus::Failed) => Some(StatusFilter::Failed),
-            // No session waits for an approval yet.
-            Some(SessionStatus::RequiresAction) => return Ok(Page { data: Vec::new(), has_more: false }),
+            Some(SessionStatus::RequiresAction) => Some(StatusFilter::Waiting),
         };
         let store = &self.inner.store;
         let mut rows = store.list_sessions(&tenant.0, query.after, limit + 1, status, query.implicit).await?;
@@ -91,11 +90,16 @@ impl Runtime {
     }
 
     pub(crate) async fn delete_by_id(&self, id: &str) -> Result<(), SessionError> {
+        self.delete_with(id, true).await
+    }
+
+    /// With `purge`, the pages go too, where nobody else uses them.
+    pub(crate) async fn delete_with(&self, id: &str, purge: bool) -> Result<(), SessionError> {
         let (runtime, id) = (self.clone(), id.to_owned());
         detached(async move {
             let row = runtime.inner.store.delete_session(&id).await?;
             if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
-                engine.unclaim(row.leaf_slot, true).await;
+                engine.unclaim(row.leaf_slot, purge).await;
             }
             runtime.inner.forget_watchers(&id);
             Ok(())
@@ -125,12 +129,14 @@ impl Runtime {
             fingerprint: records::hex(&model.fingerprint()),
             instructions: request.instructions.clone(),
             tools: request.tools.clone(),
+            own: None,
             metadata: request.metadata.clone(),
             seed: request.seed.map_or_else(ids::random_seed, Ok)?,
             kv_dtype: kv_dtype.to_owned(),
             ttl_seconds: request.ttl_seconds,
             pinned: request.pinned,
             forked_from: None,
+            cache_salt: request.cache_salt.clone(),
         })
     }
 

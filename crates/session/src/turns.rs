@@ -2,20 +2,25 @@
 
 use std::sync::Arc;
 
-use dormouse_engine::{Engine, Miss, OutputText, Priority, TurnSpec};
-use dormouse_models::Tokenizer;
-use dormouse_store::{BeginTurn, History, StoreError};
-use serde_json::json;
+use dormouse_engine::{Engine, Grammar, Miss, Priority, Realm, TurnSpec};
+use dormouse_store::{BeginTurn, History, ResponseRow, StoreError};
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
+use crate::answers::shown;
 use crate::api::*;
 use crate::chain::Chain;
+use crate::draft::Draft;
 use crate::drive::Run;
+use crate::grammar::grammar;
 use crate::hub::Hub;
 use crate::ids;
-use crate::records::{self, KnownItem, Settings, TurnRecord, content, decode, encode, message, new_event};
-use crate::rendering::{Conversation, Prompt, Voice};
+use crate::realms::realm;
+use crate::records::{self, Frame, KnownItem, Settings, TurnRecord, decode, encode, message, new_event};
+use crate::rendering::Prompt;
+use crate::replay::{replay, replay_text};
 use crate::runtime::{Runtime, detached};
+use crate::truncation::is_left_out;
 
 /// Plans that another writer overtook before they were carried out; then the session is simply busy.
 pub(crate) const PLANNING_ATTEMPTS: usize = 3;
@@ -24,6 +29,8 @@ pub(crate) const PLANNING_ATTEMPTS: usize = 3;
 #[derive(Clone)]
 pub(crate) struct Start {
     pub input: Vec<Message>,
+    /// Instead of messages: the prompt's tokens, of a session that has none yet.
+    pub raw: Option<Vec<u32>>,
     /// What the session must hold, where the input continues just that; else it counts as busy.
     pub known: Option<Known>,
     pub generation: Generation,
@@ -32,6 +39,23 @@ pub(crate) struct Start {
     pub cancel_when_left: bool,
     pub delete_after: bool,
     pub gate: Option<watch::Receiver<bool>>,
+    /// What this turn's prompt begins with, in place of what the session's own do. The session's own come back with the
+    /// next turn.
+    pub frame: Option<Frame>,
+    /// Take the place of the session's tools, from this turn on.
+    pub tools: Option<Vec<Value>>,
+    /// Where the prompt does not fit, the oldest messages are left out of it; else the turn is refused.
+    pub truncate: bool,
+    pub response: Option<NewResponse>,
+}
+
+/// The response that a turn is.
+#[derive(Clone, Debug)]
+pub(crate) struct NewResponse {
+    pub id: String,
+    pub created_ms: u64,
+    /// JSON, the server's.
+    pub record: String,
 }
 
 /// A conversation that a session's log holds in its first tokens.
@@ -46,6 +70,7 @@ impl Start {
     pub fn new(input: Vec<Message>, generation: Generation) -> Start {
         Start {
             input,
+            raw: None,
             known: None,
             generation,
             background: false,
@@ -53,6 +78,10 @@ impl Start {
             cancel_when_left: false,
             delete_after: false,
             gate: None,
+            frame: None,
+            tools: None,
+            truncate: false,
+            response: None,
         }
     }
 }
@@ -66,7 +95,8 @@ impl Runtime {
         request: TurnRequest,
     ) -> Result<TurnStream, SessionError> {
         let id = self.inner.store.find_session(&tenant.0, session).await?.id;
-        let start = Start { background: request.background, ..Start::new(request.input, request.generation) };
+        let TurnRequest { input, tools, generation, background } = request;
+        let start = Start { tools, background, ..Start::new(input, generation) };
         Ok(self.begin(tenant, &id, start).await?.1)
     }
 
@@ -141,7 +171,8 @@ impl Runtime {
                 sender.send(event).ok();
             }
         }
-        Ok(TurnStream { session: id, turn: turn.to_owned(), events: receiver })
+        let answer_format = record.answer_format;
+        Ok(TurnStream { session: id, turn: turn.to_owned(), answer_format, events: receiver })
     }
 
     /// Stops the turn; what was generated stays. Answers the turn as it then is.
@@ -186,7 +217,7 @@ impl Runtime {
         session: &str,
         start: Start,
     ) -> Result<Arc<Hub>, SessionError> {
-        if start.input.is_empty() {
+        if start.input.is_empty() && start.raw.is_none() {
             return Err(SessionError::Invalid {
                 param: "input".into(),
                 message: "a turn needs at least one input message".into(),
@@ -259,10 +290,13 @@ struct Plan {
     settings: Settings,
     change: BeginTurn,
     record: TurnRecord,
+    grammar: Option<Arc<Grammar>>,
     messages: Vec<Message>,
     log: Vec<u32>,
     covered: usize,
     starts: Vec<usize>,
+    /// Why the tokens of the log are not those that it had.
+    miss: Option<Miss>,
     model_changed: bool,
 }
 
@@ -287,21 +321,15 @@ impl Plan {
                 ),
             });
         }
-        check_size(tokenizer, context, &start.input)?;
         let known = records::items(history.items)?;
-        let retokenized = settings.tokenizer != records::hex(&tokenizer.fingerprint());
         let model_changed = settings.fingerprint != records::hex(&model.fingerprint());
-        let system = settings.instructions.as_deref().map(|text| message("system", text));
-        let voice = Voice { tokenizer, template: model.template() };
-        let prompt = voice.plan(&Conversation {
-            system: system.clone(),
-            items: &known,
-            input: &start.input,
-            tools: &settings.tools,
-            log: if retokenized { &[] } else { &log },
-        })?;
-        let prompt_tokens = prompt.keep_tokens + prompt.tokens.len();
-        if prompt_tokens >= context {
+        let Draft { system, prompt, answer_format, begin, rewritten, reframed } =
+            Draft::new(&engine, &mut settings, &known, &log, &start)?;
+        let grammar = grammar(&engine, &settings.tools, &start.generation, &answer_format)?;
+        let prompt_tokens = prompt.len();
+        // A prompt that is only to be scored needs no room behind it.
+        let answers = usize::from(start.generation.max_tokens != Some(0));
+        if prompt_tokens + answers > context {
             return Err(SessionError::ContextLengthExceeded {
                 context,
                 tokens: prompt_tokens,
@@ -322,15 +350,18 @@ impl Plan {
             })
         });
         let input_items = input_items.collect::<Result<Vec<KnownItem>, SessionError>>()?;
-        let messages =
-            system.into_iter().chain(known.iter().chain(&input_items).map(|item| item.message.clone()));
-        let messages: Vec<Message> = messages.collect();
-        let Prompt { keep_tokens, tokens, keep_items, ranges } = prompt;
-        let mut starts: Vec<usize> = known[..keep_items].iter().map(|item| item.token_start).collect();
+        let all: Vec<KnownItem> = known.into_iter().chain(input_items).collect();
+        let shown = |(index, item): &(usize, &KnownItem)| !is_left_out(*index, &item.message, begin);
+        let shown = all.iter().enumerate().filter(shown).map(|(_, item)| item.message.clone());
+        let messages: Vec<Message> = system.into_iter().chain(shown).collect();
+        let Prompt { keep_tokens, tokens, keep_items, ranges, .. } = prompt;
+        let mut starts: Vec<usize> = all[..keep_items].iter().map(|item| item.token_start).collect();
         starts.extend(ranges.iter().map(|(start, _)| *start));
         let mut rows = Vec::with_capacity(ranges.len());
-        for (mut item, (start, end)) in known[keep_items..].iter().cloned().chain(input_items).zip(ranges) {
-            (item.token_start, item.token_end) = (start, end);
+        let mut ranges = ranges.into_iter();
+        for (index, mut item) in all.into_iter().enumerate().skip(keep_items) {
+            let range = if is_left_out(index, &item.message, begin) { None } else { ranges.next() };
+            (item.token_start, item.token_end) = range.unwrap_or_default();
             // Tokenised from its text, it is as exact as any input.
             item.generated = false;
             rows.push(item.to_row()?);
@@ -341,11 +372,14 @@ impl Plan {
             generation: start.generation,
             input_start: keep_tokens,
             delete_after: start.delete_after,
+            keep_pages: start.raw.is_some(),
+            keep_output: start.response.is_some(),
             completed_ms: None,
             finish_reason: None,
             error: None,
             error_code: None,
             output_text: String::new(),
+            answer_format,
             output: None,
             usage: Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() },
             receipt: None,
@@ -353,9 +387,10 @@ impl Plan {
         settings.tokenizer = records::hex(&tokenizer.fingerprint());
         settings.fingerprint = records::hex(&model.fingerprint());
         let mut events = Vec::new();
-        let retokenized = retokenized && !log.is_empty();
-        if retokenized {
-            let data = json!({ "tokens_before": log.len(), "tokens": prompt_tokens });
+        let rewritten_reason = rewritten.filter(|_| !log.is_empty());
+        let retokenized = rewritten_reason.is_some();
+        if let Some(reason) = rewritten_reason {
+            let data = json!({ "reason": reason, "tokens_before": log.len(), "tokens": prompt_tokens });
             events.push(new_event("session.retokenized", Some(&turn), data));
         }
         let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
@@ -365,6 +400,14 @@ impl Plan {
         let mut log = log;
         log.truncate(keep_tokens);
         log.extend_from_slice(&tokens);
+        let response = start.response.map(|response| ResponseRow {
+            id: response.id,
+            tenant: history.session.tenant.clone(),
+            session: history.session.id.clone(),
+            turn: turn.clone(),
+            created_ms: response.created_ms,
+            record: response.record,
+        });
         let change = BeginTurn {
             session: history.session.id,
             turn,
@@ -375,11 +418,29 @@ impl Plan {
             items: rows,
             retokenized,
             record: encode(&record)?,
-            settings: model_changed.then(|| encode(&settings)).transpose()?,
+            settings: (model_changed || reframed).then(|| encode(&settings)).transpose()?,
+            response,
             events,
             now_ms,
         };
-        Ok(Plan { engine, settings, change, record, messages, log, covered, starts, model_changed })
+        let miss = rewritten_reason.map(|reason| Miss {
+            reason: if model_changed { "model_changed" } else { reason }.into(),
+            at_token: 0,
+            at_message: None,
+        });
+        Ok(Plan {
+            engine,
+            settings,
+            change,
+            record,
+            grammar,
+            messages,
+            log,
+            covered,
+            starts,
+            miss,
+            model_changed,
+        })
     }
 
     fn into_run(self, tenant: &Tenant, fence: u64, claim: Option<u32>, start: Start) -> Run {
@@ -388,9 +449,10 @@ impl Plan {
             chain.add(message);
         }
         let changed = Miss { reason: "model_changed".into(), at_token: 0, at_message: None };
-        let miss = if self.model_changed { Some(changed) } else { start.miss };
-        let spec = spec(&self.engine, &self.record, &self.change.session, &self.change.turn, fence, self.log);
-        let spec = TurnSpec { covered: self.covered, claim, ..spec };
+        let miss = if self.model_changed { Some(changed) } else { self.miss.or(start.miss) };
+        let (session, turn, realm) = (&self.change.session, &self.change.turn, realm(tenant, &self.settings));
+        let spec = spec(&self.engine, &self.record, session, turn, fence, self.log, realm);
+        let spec = TurnSpec { covered: self.covered, claim, grammar: self.grammar, ..spec };
         Run {
             engine: self.engine,
             spec,
@@ -405,22 +467,6 @@ impl Plan {
     }
 }
 
-/// Refuses input that cannot fit however it is tokenised, before the work of tokenising it. Answers of earlier turns do
-/// not count, nor does white space around a text: templates shorten them.
-fn check_size(tokenizer: &Tokenizer, context: usize, input: &[Message]) -> Result<(), SessionError> {
-    let asked = input.iter().filter(|message| message.get("role").is_some_and(|role| role != "assistant"));
-    let bytes: usize = asked.map(|message| content(message).trim().len()).sum();
-    if bytes < context {
-        return Ok(());
-    }
-    let ids = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
-    let longest = ids.filter_map(|id| tokenizer.token_bytes(id)).map(<[u8]>::len).max().unwrap_or(1).max(1);
-    match bytes / longest >= context {
-        true => Err(SessionError::ContextLengthExceeded { context, tokens: bytes / longest, or_more: true }),
-        false => Ok(()),
-    }
-}
-
 /// The engine's orders for a turn with this record. `record.usage.prompt_tokens` tells where its output begins.
 pub(crate) fn spec(
     engine: &Engine,
@@ -429,11 +475,13 @@ pub(crate) fn spec(
     turn: &str,
     fence: u64,
     log: Vec<u32>,
+    realm: Realm,
 ) -> TurnSpec {
     let generation = &record.generation;
     let output_start = record.usage.prompt_tokens;
     let room = engine.model().context().saturating_sub(output_start);
     TurnSpec {
+        realm,
         session: session.to_owned(),
         turn: turn.to_owned(),
         fence,
@@ -442,8 +490,11 @@ pub(crate) fn spec(
         covered: 0,
         claim: None,
         sampling: generation.sampling.clone(),
+        prompt_logprobs: generation.prompt_logprobs,
         max_tokens: generation.max_tokens.map_or(room, |most| most.min(room)),
         stop: generation.stop.clone(),
+        shown: shown(engine.model().tokenizer(), &record.answer_format),
+        grammar: None,
         ignore_eos: generation.ignore_eos,
         priority: if record.background { Priority::Background } else { Priority::Interactive },
     }
@@ -452,59 +503,15 @@ pub(crate) fn spec(
 /// The chain of a session's conversation, before its first message.
 pub(crate) fn root_chain(tenant: &Tenant, engine: &Engine, settings: &Settings) -> Chain {
     let template = blake3::hash(engine.model().template().source().as_bytes());
-    Chain::new(tenant, &engine.model().fingerprint(), template.as_bytes(), &settings.tools)
+    let chain = Chain::new(tenant, &engine.model().fingerprint(), template.as_bytes(), &settings.tools);
+    settings.cache_salt.iter().fold(chain, |chain, salt| chain.salted(salt))
 }
 
 pub(crate) fn stream(hub: &Arc<Hub>, starting_after: Option<u64>) -> TurnStream {
-    TurnStream { session: hub.session.clone(), turn: hub.turn.clone(), events: hub.follow(starting_after) }
-}
-
-/// The events of a finished turn, as they were when it ran.
-fn replay(turn: Turn, output: &[u32], engine: &Engine, stop: &[String]) -> Vec<TurnEvent> {
-    let mut text = OutputText::new(engine.model().tokenizer(), stop);
-    let mut deltas = Vec::new();
-    for (index, token) in output.iter().enumerate() {
-        let (delta, stopped) = text.push(*token);
-        if !delta.is_empty() {
-            deltas.push((2 + index as u64, delta, *token));
-        }
-        if stopped {
-            break;
-        }
+    TurnStream {
+        session: hub.session.clone(),
+        turn: hub.turn.clone(),
+        answer_format: hub.answer_format.clone(),
+        events: hub.follow(starting_after),
     }
-    let rest = text.finish();
-    if let Some(token) = output.last().filter(|_| !rest.is_empty()) {
-        deltas.push((2 + output.len() as u64, rest, *token));
-    }
-    framed(turn, deltas)
-}
-
-/// The same where the tokens are no more: the text in one piece.
-fn replay_text(turn: Turn) -> Vec<TurnEvent> {
-    let text = turn.output_text.clone();
-    let deltas = if text.is_empty() { Vec::new() } else { vec![(2, text, 0)] };
-    framed(turn, deltas)
-}
-
-fn framed(turn: Turn, deltas: Vec<(u64, String, u32)>) -> Vec<TurnEvent> {
-    let (session, id) = (turn.session.clone(), turn.id.clone());
-    let last = turn.last_number();
-    let started = TurnEventBody::Created { session: session.clone(), turn: id.clone() };
-    let running = TurnEventBody::InProgress { session, turn: id };
-    let mut events = vec![
-        TurnEvent { sequence_number: 0, body: started },
-        TurnEvent { sequence_number: 1, body: running },
-    ];
-    for (sequence_number, delta, token) in deltas {
-        events
-            .push(TurnEvent { sequence_number, body: TurnEventBody::Delta { delta, token, logprob: None } });
-    }
-    let turn = Box::new(turn);
-    let body = match turn.status {
-        TurnStatus::Cancelled => TurnEventBody::Cancelled { turn },
-        TurnStatus::Failed => TurnEventBody::Failed { turn },
-        TurnStatus::Completed | TurnStatus::InProgress => TurnEventBody::Completed { turn },
-    };
-    events.push(TurnEvent { sequence_number: last, body });
-    events
 }

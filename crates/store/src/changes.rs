@@ -4,6 +4,7 @@
 use rusqlite::{Connection, params};
 
 use crate::history::{self, ItemRow, NewEvent, TurnRow};
+use crate::responses::{self, ResponseRow};
 use crate::sessions::{self, SessionRow};
 use crate::{StoreError, boundaries, tokens};
 
@@ -17,6 +18,20 @@ pub struct NewSession {
     pub expires_ms: Option<u64>,
     /// JSON, the session crate's.
     pub settings: String,
+    pub events: Vec<NewEvent>,
+    pub now_ms: u64,
+}
+
+/// Items added to an idle session, or taken out of it, by hand. The log keeps its first `keep_tokens`; the items from
+/// `keep_items` on are replaced by `items`, and get their tokens with the next turn.
+#[derive(Clone, Debug, Default)]
+pub struct EditItems {
+    pub session: String,
+    /// The session's fence when the caller read its history.
+    pub fence: u64,
+    pub keep_tokens: usize,
+    pub keep_items: usize,
+    pub items: Vec<ItemRow>,
     pub events: Vec<NewEvent>,
     pub now_ms: u64,
 }
@@ -47,6 +62,8 @@ pub struct BeginTurn {
     pub record: String,
     /// New settings of the session, if they change with the turn.
     pub settings: Option<String>,
+    /// The response that the turn is, if it came through that door.
+    pub response: Option<ResponseRow>,
     pub events: Vec<NewEvent>,
     pub now_ms: u64,
 }
@@ -119,13 +136,10 @@ pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow
     tokens::append(db, &session.id, turn.keep_tokens, &turn.tokens)?;
     session.log_len = turn.keep_tokens + turn.tokens.len();
     session.kv_len = session.kv_len.min(turn.keep_tokens);
-    if turn.retokenized || replaces {
-        for (position, mut earlier) in history::turns(db, &session)?.into_iter().enumerate() {
-            if turn.retokenized || earlier.output_end.is_some_and(|end| end > turn.keep_tokens) {
-                (earlier.output_start, earlier.output_end) = (None, None);
-                history::put_turn(db, &mut session, position, &earlier)?;
-            }
-        }
+    if turn.retokenized {
+        forget_outputs(db, &mut session, 0)?;
+    } else if replaces {
+        forget_outputs(db, &mut session, turn.keep_tokens)?;
     }
     history::put_items(db, &mut session, turn.keep_items, &turn.items)?;
     let row = TurnRow {
@@ -141,12 +155,26 @@ pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow
     if let Some(settings) = &turn.settings {
         sessions::put_settings(db, &session.id, settings)?;
     }
+    if let Some(response) = &turn.response {
+        responses::put(db, response)?;
+    }
     session.fence += 1;
     session.active_turn = Some(turn.turn.clone());
     session.error = None;
     session.last_active_ms = turn.now_ms;
     sessions::save(db, &session)?;
     Ok(session)
+}
+
+/// Takes the ranges of the turns whose output does not lie within the first `keep_tokens`.
+fn forget_outputs(db: &Connection, session: &mut SessionRow, keep_tokens: usize) -> Result<(), StoreError> {
+    for (position, mut turn) in history::turns(db, session)?.into_iter().enumerate() {
+        if turn.output_end.is_some_and(|end| end > keep_tokens) {
+            (turn.output_start, turn.output_end) = (None, None);
+            history::put_turn(db, session, position, &turn)?;
+        }
+    }
+    Ok(())
 }
 
 /// Gives a session whose turn was interrupted a new writer. Answers the row with the new fence.
@@ -216,7 +244,35 @@ pub(crate) fn fork(
     boundaries::inherit(db, &session.tenant, &source.id, &session.id, cut.tokens)?;
     set_leaf(&mut session, leaf);
     sessions::save(db, &session)?;
-    Ok(session)
+    sessions::show(db, &session.id)
+}
+
+/// Errors: `Busy`; `LeaseLost` when another writer has been there since.
+pub(crate) fn edit_items(db: &Connection, edit: &EditItems) -> Result<SessionRow, StoreError> {
+    let mut session = sessions::load(db, &edit.session)?;
+    session.check_idle()?;
+    session.check_fence(edit.fence)?;
+    if edit.keep_tokens > session.log_len {
+        return Err(StoreError::WrongPosition {
+            session: session.id,
+            at: edit.keep_tokens,
+            found: session.log_len,
+        });
+    }
+    if edit.keep_tokens < session.log_len {
+        tokens::truncate(db, &session.id, edit.keep_tokens)?;
+        boundaries::truncate(db, &session.id, edit.keep_tokens)?;
+        session.log_len = edit.keep_tokens;
+        session.kv_len = session.kv_len.min(edit.keep_tokens);
+        forget_outputs(db, &mut session, edit.keep_tokens)?;
+    }
+    history::put_items(db, &mut session, edit.keep_items, &edit.items)?;
+    history::add_events(db, &mut session, &edit.events, edit.now_ms)?;
+    // Whoever planned a turn on the history as it was must read it again.
+    session.fence += 1;
+    session.last_active_ms = edit.now_ms;
+    sessions::save(db, &session)?;
+    sessions::show(db, &session.id)
 }
 
 /// Drops what a session's history has beyond `cut`, which was found at this `fence`; its events stay, and say so.
@@ -244,6 +300,7 @@ pub(crate) fn rewind(
     let partial: Vec<ItemRow> = cut.partial_item.iter().cloned().collect();
     history::put_items(db, &mut session, cut.items, &partial)?;
     history::truncate_turns(db, &mut session, cut.turns)?;
+    responses::forget_lost_turns(db, id)?;
     boundaries::truncate(db, id, cut.tokens)?;
     history::add_events(db, &mut session, events, now_ms)?;
     set_leaf(&mut session, leaf);
@@ -252,7 +309,7 @@ pub(crate) fn rewind(
     session.error = None;
     session.last_active_ms = now_ms;
     sessions::save(db, &session)?;
-    Ok(session)
+    sessions::show(db, &session.id)
 }
 
 fn set_leaf(session: &mut SessionRow, leaf: Leaf) {
@@ -273,7 +330,7 @@ pub struct UpdateSession {
 }
 
 pub(crate) fn update(db: &Connection, id: &str, change: &UpdateSession) -> Result<SessionRow, StoreError> {
-    let mut session = sessions::load(db, id)?;
+    let mut session = sessions::show(db, id)?;
     if let Some(name) = &change.name {
         if let Some(name) = name {
             sessions::check_name(db, &session.tenant, name, id)?;
@@ -294,7 +351,7 @@ pub(crate) fn update(db: &Connection, id: &str, change: &UpdateSession) -> Resul
 pub(crate) fn delete(db: &Connection, id: &str) -> Result<SessionRow, StoreError> {
     let session = sessions::load(db, id)?;
     session.check_idle()?;
-    for table in ["session_tokens", "items", "turns", "events", "boundaries", "settings"] {
+    for table in ["session_tokens", "items", "turns", "events", "boundaries", "settings", "responses"] {
         db.prepare_cached(&format!("DELETE FROM {table} WHERE session = ?1"))?.execute([id])?;
     }
     db.prepare_cached("DELETE FROM sessions WHERE id = ?1")?.execute(params![id])?;

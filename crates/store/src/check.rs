@@ -2,7 +2,7 @@
 
 use rusqlite::Connection;
 
-use crate::{StoreError, boundaries, history, schema, sessions, tokens};
+use crate::{StoreError, boundaries, history, keys, responses, schema, sessions, tokens};
 
 /// `Damaged` with what was found first, if anything is wrong.
 pub(crate) fn whole(db: &Connection) -> Result<(), StoreError> {
@@ -14,7 +14,9 @@ pub(crate) fn whole(db: &Connection) -> Result<(), StoreError> {
         history::turns(db, &session)?;
         history::check_events(db, &session)?;
     }
-    boundaries::check(db)
+    boundaries::check(db)?;
+    responses::check(db)?;
+    keys::all(db).map(|_| ())
 }
 
 fn structure(db: &Connection) -> Result<(), StoreError> {

@@ -28,6 +28,10 @@ pub enum StoreError {
     Busy { session: String, turn: String },
     #[error("the name '{0}' belongs to another session")]
     NameTaken(String),
+    #[error("no API key '{0}'")]
+    KeyNotFound(String),
+    #[error("the name '{0}' belongs to another API key: choose another, or revoke that key first")]
+    KeyNameTaken(String),
     /// The writer's fencing number is not the session's any more.
     #[error("another writer took session '{session}' (fence {found}, this writer has {fence})")]
     LeaseLost { session: String, fence: u64, found: u64 },

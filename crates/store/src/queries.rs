@@ -1,7 +1,7 @@
 //! [`Store`]'s methods about sessions.
 
 use crate::boundaries::{self, Boundary};
-use crate::changes::{self, BeginTurn, Cut, FinishTurn, Leaf, NewSession, UpdateSession};
+use crate::changes::{self, BeginTurn, Cut, EditItems, FinishTurn, Leaf, NewSession, UpdateSession};
 use crate::history::{self, EventRow, History, NewEvent};
 use crate::sessions::{self, SessionRow, StatusFilter};
 use crate::weights::{self, WeightsFile};
@@ -30,7 +30,7 @@ impl Store {
     /// By id, whatever its tenant.
     pub async fn session(&self, id: &str) -> Result<SessionRow, StoreError> {
         let id = id.to_owned();
-        self.read(move |db| sessions::load(db, &id)).await
+        self.read(move |db| sessions::show(db, &id)).await
     }
 
     pub async fn settings(&self, session: &str) -> Result<String, StoreError> {
@@ -136,6 +136,11 @@ impl Store {
     ) -> Result<SessionRow, StoreError> {
         let session = session.to_owned();
         self.write(move |db| changes::rewind(db, &session, fence, &cut, leaf, &events, now_ms)).await
+    }
+
+    /// Errors: `Busy`; `LeaseLost` as for a fork.
+    pub async fn edit_items(&self, edit: EditItems) -> Result<SessionRow, StoreError> {
+        self.write(move |db| changes::edit_items(db, &edit)).await
     }
 
     /// Errors: `NameTaken`.

@@ -5,7 +5,8 @@ use rusqlite::{Connection, OptionalExtension};
 use crate::StoreError;
 
 /// Each entry takes a database from its index to its index + 1.
-const MIGRATIONS: &[&str] = &[r"
+const MIGRATIONS: &[&str] = &[
+    r"
 CREATE TABLE page_files (
     id INTEGER PRIMARY KEY,
     path TEXT NOT NULL UNIQUE,
@@ -106,7 +107,36 @@ CREATE TABLE weights (
     inode INTEGER NOT NULL,
     hash BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
-"];
+",
+    r"
+CREATE TABLE responses (
+    id TEXT NOT NULL PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    session TEXT NOT NULL,
+    turn TEXT NOT NULL,
+    created_ms INTEGER NOT NULL,
+    record TEXT NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX response_sessions ON responses (session);
+CREATE INDEX item_ids ON items (id);
+",
+    r"
+CREATE TABLE api_keys (
+    id TEXT NOT NULL PRIMARY KEY,
+    name TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    scopes TEXT NOT NULL,
+    hash BLOB NOT NULL,
+    requests_per_minute INTEGER,
+    concurrency INTEGER,
+    created_ms INTEGER NOT NULL,
+    revoked_ms INTEGER,
+    checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX api_key_names ON api_keys (name) WHERE revoked_ms IS NULL;
+",
+];
 
 /// Brings the database up to date; a new file gets every table.
 pub(crate) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
@@ -143,4 +173,25 @@ pub(crate) fn set_sequence(connection: &Connection, sequence: i64) -> Result<(),
         .prepare_cached("INSERT INTO meta (name, value) VALUES ('sequence', ?1) ON CONFLICT (name) DO UPDATE SET value = ?1")?
         .execute([sequence])?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_of_any_earlier_version_becomes_the_newest() {
+        for version in 0..MIGRATIONS.len() {
+            let mut db = Connection::open_in_memory().unwrap();
+            db.execute_batch("CREATE TABLE migrations (version INTEGER NOT NULL PRIMARY KEY) STRICT;")
+                .unwrap();
+            for (step, sql) in MIGRATIONS[..version].iter().enumerate() {
+                db.execute_batch(sql).unwrap();
+                db.execute("INSERT INTO migrations (version) VALUES (?1)", [step as i64 + 1]).unwrap();
+            }
+            migrate(&mut db).unwrap();
+            db.query_row("SELECT COUNT(*) FROM responses", [], |_| Ok(())).unwrap();
+            assert_eq!(sequence(&db).unwrap(), 0);
+        }
+    }
 }

@@ -33,6 +33,8 @@ pub struct SessionRow {
     /// The slot of the last page of the session's path; derived data, as is `kv_len`.
     pub leaf_slot: Option<u32>,
     pub kv_len: usize,
+    /// Its last item is an answer that calls tools and waits for their results. Derived data, in rows that are to be shown.
+    pub waits: bool,
 }
 
 /// Which sessions a list is about.
@@ -41,6 +43,8 @@ pub enum StatusFilter {
     Idle,
     InProgress,
     Failed,
+    /// Of a tool's result.
+    Waiting,
 }
 
 impl SessionRow {
@@ -78,6 +82,11 @@ impl SessionRow {
     }
 }
 
+/// The message of the last item, which the session crate writes as JSON, has calls. Most have not, and are not parsed.
+const WAITS: &str = "EXISTS (SELECT 1 FROM items WHERE items.session = sessions.id
+    AND items.position = sessions.items - 1 AND CASE WHEN instr(items.message, '\"tool_calls\"') = 0 THEN 0
+    WHEN json_valid(items.message) THEN json_type(items.message, '$.message.tool_calls') = 'array' ELSE 0 END)";
+
 const COLUMNS: &str =
     "id, tenant, name, implicit, created_ms, last_active_ms, expires_ms, fence, active_turn, error,
     log_len, items, turns, events, page_file, leaf_slot, kv_len, checksum";
@@ -101,6 +110,7 @@ fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
         page_file: row.get(14)?,
         leaf_slot: row.get(15)?,
         kv_len: row.get(16)?,
+        waits: row.get(18)?,
     };
     if session.checksum() != row.get::<_, u32>(17)? {
         return Err(StoreError::Damaged(format!("the row of session '{}' fails its checksum", session.id)));
@@ -108,12 +118,32 @@ fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
     Ok(session)
 }
 
+/// Rows for changes to work on: `waits` is not looked for.
 fn select(
     db: &Connection,
     condition: &str,
     values: &[&dyn rusqlite::ToSql],
 ) -> Result<Vec<SessionRow>, StoreError> {
-    let mut statement = db.prepare_cached(&format!("SELECT {COLUMNS} FROM sessions WHERE {condition}"))?;
+    query(db, "0", condition, values)
+}
+
+/// Rows to be shown. To find out what a session waits for takes reading its last item, which may be long.
+fn look(
+    db: &Connection,
+    condition: &str,
+    values: &[&dyn rusqlite::ToSql],
+) -> Result<Vec<SessionRow>, StoreError> {
+    query(db, WAITS, condition, values)
+}
+
+fn query(
+    db: &Connection,
+    waits: &str,
+    condition: &str,
+    values: &[&dyn rusqlite::ToSql],
+) -> Result<Vec<SessionRow>, StoreError> {
+    let mut statement =
+        db.prepare_cached(&format!("SELECT {COLUMNS}, {waits} FROM sessions WHERE {condition}"))?;
     let mut rows = statement.query(values)?;
     let mut found = Vec::new();
     while let Some(row) = rows.next()? {
@@ -126,9 +156,14 @@ pub(crate) fn load(db: &Connection, id: &str) -> Result<SessionRow, StoreError> 
     select(db, "id = ?1", &[&id])?.pop().ok_or_else(|| StoreError::SessionNotFound(id.to_owned()))
 }
 
+/// As [`load`], to be shown.
+pub(crate) fn show(db: &Connection, id: &str) -> Result<SessionRow, StoreError> {
+    look(db, "id = ?1", &[&id])?.pop().ok_or_else(|| StoreError::SessionNotFound(id.to_owned()))
+}
+
 /// By id, else by name, within one tenant.
 pub(crate) fn find(db: &Connection, tenant: &str, id_or_name: &str) -> Result<SessionRow, StoreError> {
-    select(db, "tenant = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2", &[&tenant, &id_or_name])?
+    look(db, "tenant = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2", &[&tenant, &id_or_name])?
         .pop()
         .ok_or_else(|| StoreError::SessionNotFound(id_or_name.to_owned()))
 }
@@ -143,10 +178,11 @@ pub(crate) fn list(
     implicit: bool,
 ) -> Result<Vec<SessionRow>, StoreError> {
     let status = match status {
-        None => "1 = 1",
-        Some(StatusFilter::Idle) => "active_turn IS NULL AND error IS NULL",
-        Some(StatusFilter::InProgress) => "active_turn IS NOT NULL",
-        Some(StatusFilter::Failed) => "active_turn IS NULL AND error IS NOT NULL",
+        None => "1 = 1".to_owned(),
+        Some(StatusFilter::Idle) => format!("active_turn IS NULL AND error IS NULL AND NOT {WAITS}"),
+        Some(StatusFilter::InProgress) => "active_turn IS NOT NULL".to_owned(),
+        Some(StatusFilter::Failed) => "active_turn IS NULL AND error IS NOT NULL".to_owned(),
+        Some(StatusFilter::Waiting) => format!("active_turn IS NULL AND error IS NULL AND {WAITS}"),
     };
     let (created, id) = match after {
         Some(after) => {
@@ -155,7 +191,7 @@ pub(crate) fn list(
         }
         None => (i64::MAX as u64, String::new()),
     };
-    select(
+    look(
         db,
         &format!(
             "tenant = ?1 AND (implicit = 0 OR ?2) AND {status} AND (created_ms < ?3 OR (created_ms = ?3 AND id < ?4))

@@ -36,6 +36,16 @@ fn a_user_cannot_write_a_special_token() {
 }
 
 #[test]
+fn text_mentions_a_special_token_where_parsing_it_gives_other_tokens() {
+    let tokenizer = smollm2();
+    for text in ["", "x<|im_end|>", "<|im_end|", "a < b | c > d", "<repo_name>", "日本<|endoftext|>語"] {
+        let parsed = tokenizer.encode(text, Specials::Parse, false).unwrap();
+        let differs = parsed != tokenizer.encode(text, Specials::Literal, false).unwrap();
+        assert_eq!(tokenizer.mentions_special(text).unwrap(), differs, "{text}");
+    }
+}
+
+#[test]
 fn the_real_models_special_tokens_are_known() {
     let tokenizer = smollm2();
     assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));

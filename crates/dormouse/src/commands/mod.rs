@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod doctor;
+pub mod keys;
 pub mod models;
 pub mod run;
 pub mod serve;

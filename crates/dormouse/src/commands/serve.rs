@@ -4,6 +4,8 @@ use anyhow::{Context, Result};
 use dormouse_kernels::Isa;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::keys;
+use crate::assemble::open_store;
 use crate::cli::ServeArguments;
 use crate::config::Config;
 use crate::output::outln;
@@ -12,8 +14,14 @@ use crate::sizes::Bytes;
 use crate::weights;
 
 pub async fn serve(config: &Config, arguments: ServeArguments) -> Result<()> {
-    config.check_exposure()?;
     let mut signals = Signals::listen()?;
+    if config.api_key.is_none() && config.key_needed()?.is_some() {
+        // Before anything is downloaded for a server that will not start.
+        let store = open_store(config)?;
+        let checked = keys::check_there_is_one(config, &store).await;
+        store.close().await?;
+        checked?;
+    }
     let starting = async {
         let models = weights::choose(config, arguments.yes).await?;
         let embedding = weights::choose_embedding(config, arguments.yes).await?;
@@ -62,7 +70,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
     let running = &server.running;
     let line = |name: &str, text: String| eprintln!("{name:<10}{text}");
     line("dormouse", env!("CARGO_PKG_VERSION").into());
-    let key = if config.api_key.is_some() { "API key needed" } else { "no API key" };
+    let key = if config.key_needed()?.is_some() { "API key needed" } else { "no API key needed" };
     line("address", format!("{} ({key})", server.url));
     for (engine, pages) in running.engines.iter().zip(&running.pages) {
         let model = engine.model();
@@ -90,6 +98,9 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
         let (numbers, tokens) = (embedder.dimensions(), embedder.max_tokens());
         let name = embedder.name();
         line("embedding", format!("{name}, {numbers} numbers from up to {tokens} tokens"));
+    }
+    for origin in &config.cors_origins {
+        line("", format!("web pages of {origin} may use it"));
     }
     line("data", format!("{}, durability {}", config.data_dir.display(), config.durability.name()));
     let (quota, free) = (running.quota, crate::assemble::free_disk(&config.data_dir)?);

@@ -15,8 +15,16 @@ use crate::turn::{Ending, Turn};
 
 /// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
 const STEP_SECONDS: f64 = 0.2;
+/// Where turns decode, prompts may take as long as they do: nobody's next word comes later than after twice the usual time.
+const PROMPT_SHARE: f64 = 1.0;
+/// Then a prompt gets at least so many rows: deep in a long one, a row takes milliseconds of attention.
+const PROMPT_ROWS_LEAST: usize = 4;
+/// How much of what it knew of a prompt's pace a new step replaces.
+const PACE_RATE: f64 = 0.3;
 const STEP_ROWS_LEAST: usize = 16;
 const STEP_ROWS_MOST: usize = 256;
+/// Prompt rows of a turn in a step where the logits of each are wanted: of large vocabularies each takes half a megabyte.
+const SCORED_ROWS_MOST: usize = 32;
 
 /// The rows of one turn in a step.
 pub(super) struct Slice {
@@ -25,6 +33,8 @@ pub(super) struct Slice {
     rows: usize,
     /// Rows of guessed tokens after them.
     draft: usize,
+    /// Of `rows`, the first ones: their logits tell the log-probability of the prompt tokens after them.
+    scored: usize,
     /// The last of `rows` is the last token of the turn's log: its logits are wanted, and those of the guesses.
     samples: bool,
 }
@@ -34,8 +44,13 @@ impl Slice {
         self.rows + self.draft
     }
 
-    fn logit_rows(&self) -> usize {
+    /// The rows at the end whose logits choose tokens.
+    fn sampled_rows(&self) -> usize {
         if self.samples { 1 + self.draft } else { 0 }
+    }
+
+    fn logit_rows(&self) -> usize {
+        self.scored + self.sampled_rows()
     }
 }
 
@@ -47,8 +62,8 @@ impl Worker {
         let mut step = Vec::with_capacity(count);
         for index in 0..count {
             let turn = &self.state.running[index];
-            if turn.ending.is_none() && turn.pending() == 1 && self.reserve(index, 1) {
-                step.push(Slice { turn: index, rows: 1, draft: 0, samples: true });
+            if !turn.gives_up_pages() && turn.pending() == 1 && self.reserve(index, 1) {
+                step.push(Slice { turn: index, rows: 1, draft: 0, scored: 0, samples: true });
             }
         }
         let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
@@ -57,20 +72,28 @@ impl Worker {
         self.draft(&mut step, most);
         let decoding: usize = step.iter().map(Slice::logit_rows).sum();
         let mut left = budget.saturating_sub(decoding).max(STEP_ROWS_LEAST);
+        if decoding > 0 {
+            let usual = self.state.cost.of(decoding as f64);
+            let share = (self.state.rows_per_second * PROMPT_SHARE * usual) as usize;
+            left = left.min(share.max(PROMPT_ROWS_LEAST));
+        }
         let first = self.state.next_prefill;
         for index in (0..count).map(|index| (first + index) % count) {
             let turn = &self.state.running[index];
             let pending = turn.pending();
-            if turn.ending.is_some() || pending == 1 || left == 0 {
+            if turn.gives_up_pages() || pending == 1 || left == 0 {
                 continue;
             }
-            let rows = pending.min(left);
+            let unscored = turn.unscored();
+            let answers = turn.spec.max_tokens > 0;
+            let rows = pending.min(left).min(if unscored > 0 { SCORED_ROWS_MOST } else { usize::MAX });
             if !self.reserve(index, rows) {
                 continue;
             }
             left -= rows;
             self.state.next_prefill = index + 1;
-            step.push(Slice { turn: index, rows, draft: 0, samples: rows == pending });
+            let samples = rows == pending && answers;
+            step.push(Slice { turn: index, rows, draft: 0, scored: unscored.min(rows), samples });
         }
         step
     }
@@ -87,7 +110,7 @@ impl Worker {
         let mut chances = Vec::with_capacity(step.len());
         for slice in &*step {
             let turn = &mut state.running[slice.turn];
-            turn.drafter.guess(&turn.log);
+            turn.guess(&self.model);
             chances.push(turn.drafter.chance(0));
         }
         let (mut rows, mut tokens) = (step.len(), step.len() as f64);
@@ -123,15 +146,17 @@ impl Worker {
             },
             KvError::Full { .. } | KvError::NoSpace { .. } => {
                 // Turns that end give their pages back, and the oldest turn goes first: when it lacks room, and nobody
-                // is about to give any, the youngest has to go.
-                let going_on = |turn: &Turn| turn.ending.is_none();
-                let running = &self.state.running;
+                // is about to give any, the youngest pauses. Who is alone and lacks room will never have any.
+                let going_on = |turn: &Turn| !turn.gives_up_pages();
+                let running = &mut self.state.running;
                 let oldest = running.iter().position(going_on);
                 if running.iter().any(|turn| !going_on(turn)) || oldest != Some(index) {
                     return false;
                 }
-                let youngest = running.iter().rposition(going_on).unwrap_or(index);
-                self.state.running[youngest].end(Ending::Fail(EngineError::OutOfSpace(error.to_string())));
+                match running.iter().rposition(going_on) {
+                    Some(youngest) if youngest != index => running[youngest].is_pausing = true,
+                    _ => running[index].end(Ending::Fail(EngineError::OutOfSpace(error.to_string()))),
+                }
                 return false;
             }
             other => self.in_trouble(other.to_string()),
@@ -154,7 +179,8 @@ impl Worker {
             tokens.extend_from_slice(&turn.log[start..start + slice.rows]);
             tokens.extend_from_slice(&turn.drafter.guesses()[..slice.draft]);
             tables.push((first_page..pages.len(), first_row..tokens.len(), start));
-            logit_rows.extend(tokens.len() - slice.logit_rows()..tokens.len());
+            logit_rows.extend(first_row..first_row + slice.scored);
+            logit_rows.extend(tokens.len() - slice.sampled_rows()..tokens.len());
         }
         let sequences: Vec<Sequence<'_>> = tables
             .into_iter()
@@ -168,7 +194,8 @@ impl Worker {
         let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
         self.model.decoder().forward(&self.cpu, self.model.layout(), &batch, &mut state.work);
         state.stats.steps += 1;
-        state.stats.prompt_tokens_computed += (tokens.len() - logit_rows.len()) as u64;
+        let sampled: usize = step.iter().map(Slice::sampled_rows).sum();
+        state.stats.prompt_tokens_computed += (tokens.len() - sampled) as u64;
     }
 
     /// Chooses and publishes the next token of every turn whose last token was computed, and as many more as it had
@@ -181,9 +208,11 @@ impl Worker {
             let turn = &mut state.running[slice.turn];
             let (own, others) = logits.split_at_mut(slice.logit_rows() * vocab);
             logits = others;
+            let (scored, own) = own.split_at_mut(slice.scored * vocab);
+            turn.score(scored.chunks_exact(vocab));
             let mut rows = slice.rows;
             for (at, logits) in own.chunks_exact_mut(vocab).enumerate() {
-                let token = turn.sample(&self.model, logits);
+                let Some(token) = turn.sample(&self.model, logits) else { break };
                 let right = turn.drafter.judge(at, token);
                 state.stats.output_tokens += 1;
                 if !right || at == slice.draft {
@@ -205,12 +234,21 @@ impl Worker {
 
     /// Remembers what the step took: how many rows the next ones may have, and whether guesses pay, follow from it.
     pub(super) fn learn(&mut self, step: &[Slice], took: Duration) {
+        if step.iter().any(|slice| slice.scored > 0) {
+            // Neither a prompt nor an answer, as others go.
+            return;
+        }
         let rows: usize = step.iter().map(Slice::all_rows).sum();
         let wanted: usize = step.iter().map(Slice::logit_rows).sum();
         if wanted == rows {
             self.state.cost.observe(rows, took.as_secs_f64());
-        } else if rows >= STEP_ROWS_LEAST && wanted <= rows / 2 {
-            self.state.rows_per_second = rows as f64 / took.as_secs_f64();
+        } else if rows - wanted >= PROMPT_ROWS_LEAST {
+            // Without what the decoding rows among them take, which can be no more than a part of it.
+            let took = took.as_secs_f64();
+            let usual = if wanted > 0 { self.state.cost.of(wanted as f64) } else { 0.0 };
+            let pace = (rows - wanted) as f64 / (took - usual).max(took / 4.0);
+            let known = &mut self.state.rows_per_second;
+            *known += if *known == 0.0 { pace } else { PACE_RATE * (pace - *known) };
         }
     }
 }

@@ -1,11 +1,14 @@
 //! An engine over a real model, with a store and a page file of its own.
 
 #![allow(clippy::unwrap_used)]
+// Each test file uses its part.
+#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex};
 
 use dormouse_engine::*;
+use dormouse_grammar::Grammar;
 use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS};
 use dormouse_kv::{Identity, Limits, PagePool};
 use dormouse_models::model::LoadOptions;
@@ -58,11 +61,13 @@ pub struct Ask {
     pub max_tokens: usize,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    pub grammar: Option<Arc<Grammar>>,
+    pub prompt_logprobs: Option<u8>,
 }
 
 pub fn greedy(max_tokens: usize) -> Ask {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Ask { sampling, max_tokens, stop: Vec::new(), ignore_eos: true }
+    Ask { sampling, max_tokens, stop: Vec::new(), ignore_eos: true, grammar: None, prompt_logprobs: None }
 }
 
 /// Identity, tokens and checksum.
@@ -76,8 +81,20 @@ pub struct Answer {
     pub texts: Vec<String>,
     /// Of the token, and of the likeliest ones.
     pub logprobs: Vec<Option<(u32, Alternatives)>>,
+    /// Of the prompt's tokens from the second on, where they were asked for.
+    pub prompt: Option<Vec<(u32, Alternatives)>>,
     pub reason: Option<FinishReason>,
     pub log_len: usize,
+}
+
+fn bits(logprob: TokenLogprob) -> (u32, Alternatives) {
+    let top = logprob.top.iter().map(|(token, logprob)| (*token, logprob.to_bits()));
+    (logprob.logprob.to_bits(), top.collect())
+}
+
+/// Bytes of a page of KV.
+pub fn page_bytes() -> u64 {
+    model(CONTEXT).layout().page_bytes() as u64
 }
 
 /// A turn under way.
@@ -94,11 +111,13 @@ impl Running {
         let answer = &mut self.answer;
         match self.events.recv().await.unwrap() {
             Event::Started(_) => {}
+            Event::Prompt(scores) => {
+                assert!(answer.tokens.is_empty() && answer.prompt.is_none());
+                answer.prompt = Some(scores.into_iter().map(bits).collect());
+            }
             Event::Token(output) => {
                 assert_eq!(output.index, answer.tokens.len());
-                let bits = |top: &(TokenId, f32)| (top.0, top.1.to_bits());
-                let logprob =
-                    output.logprob.map(|it| (it.logprob.to_bits(), it.top.iter().map(bits).collect()));
+                let logprob = output.logprob.map(bits);
                 answer.tokens.push(output.token);
                 answer.texts.push(output.text);
                 answer.logprobs.push(logprob);
@@ -132,6 +151,16 @@ impl Rig {
     }
 
     pub fn open(directory: tempfile::TempDir, guesser: DraftSource, context: usize) -> Rig {
+        Rig::within(directory, guesser, context, 1 << 30)
+    }
+
+    /// With a page file that may grow to `quota_bytes`.
+    pub fn within(
+        directory: tempfile::TempDir,
+        guesser: DraftSource,
+        context: usize,
+        quota_bytes: u64,
+    ) -> Rig {
         let durability = Durability::Process;
         let store = Store::open(directory.path(), durability).unwrap();
         let (cpu, model) = (Cpu::new(2).unwrap(), model(context));
@@ -139,7 +168,7 @@ impl Rig {
         let path = directory.path().join("test.pages");
         let name = Path::new("test.pages");
         let file = store.page_file(name, identity.fingerprint, "default", "{}").unwrap();
-        let limits = Limits { quota_bytes: 1 << 30 };
+        let limits = Limits { quota_bytes, ram_bytes: None };
         let (rows, claims) = (store.load_pages(file).unwrap(), store.claims(file).unwrap());
         let (pool, _) = PagePool::open(&path, identity, *model.layout(), limits, rows, claims).unwrap();
         let engine = Engine::start(model, cpu, pool, file, store.clone(), durability, guesser).unwrap();
@@ -175,6 +204,12 @@ impl Rig {
         self.submit(row, turn.to_owned(), output_start, ask).await
     }
 
+    /// The failure of a turn that is taken over.
+    pub async fn resubmit(&self, session: &str, turn: &str, output_start: usize, ask: &Ask) -> EngineError {
+        let running = self.go_on(session, turn, output_start, ask).await;
+        self.failure(running).await
+    }
+
     async fn submit(&self, row: SessionRow, turn: String, output_start: usize, ask: &Ask) -> Running {
         let spec = TurnSpec {
             session: row.id.clone(),
@@ -187,6 +222,10 @@ impl Rig {
             sampling: ask.sampling.clone(),
             max_tokens: ask.max_tokens,
             stop: ask.stop.clone(),
+            realm: Default::default(),
+            prompt_logprobs: ask.prompt_logprobs,
+            shown: Vec::new(),
+            grammar: ask.grammar.clone(),
             ignore_eos: ask.ignore_eos,
             priority: Priority::Interactive,
         };
@@ -210,6 +249,17 @@ impl Rig {
         let row = self.store.finish_turn(finish).await.unwrap();
         assert_eq!(row.log_len, running.answer.log_len);
         (running.answer, receipt)
+    }
+
+    /// The error that ends a turn.
+    pub async fn failure(&self, mut running: Running) -> EngineError {
+        loop {
+            match running.events.recv().await.unwrap() {
+                Event::Failed(error) => return error,
+                Event::Finished(finish) => panic!("the turn went well: {finish:?}"),
+                _ => {}
+            }
+        }
     }
 
     /// One turn of a new session.

@@ -128,7 +128,7 @@ fn a_file_without_a_whole_header_is_truncated_and_a_second_one_set_aside_gets_it
 fn another_models_pages_are_refused() {
     let (rig, ..) = written(10);
     let other = Identity { fingerprint: [9; 32], ..IDENTITY };
-    let limits = Limits { quota_bytes: 1 << 20 };
+    let limits = Limits { quota_bytes: 1 << 20, ram_bytes: None };
     let error = PagePool::open(&rig.path(), other, LAYOUT, limits, Vec::new(), Vec::new()).unwrap_err();
     assert!(matches!(error, KvError::OtherIdentity { .. }) && error.to_string().contains("model"));
 }
@@ -238,9 +238,9 @@ fn a_full_disk_is_an_error_that_names_the_file_and_leaves_it_as_it_was() {
     let path = folder.path().join("pages.kv");
     let layout = PageLayout { layers: 1 << 17, kv_heads: 1 << 9, head_dim: 64, dtype: KvDtype::F16 };
     assert_eq!(layout.page_bytes(), 1 << 40);
-    let limits = Limits { quota_bytes: u64::MAX };
+    let limits = Limits { quota_bytes: u64::MAX, ram_bytes: None };
     let (mut pool, _) = PagePool::open(&path, IDENTITY, layout, limits, Vec::new(), Vec::new()).unwrap();
-    let mut table = pool.attach(&[]).table;
+    let mut table = pool.attach(Realm::default(), &[]).table;
     match pool.reserve(&mut table, 1) {
         Err(KvError::NoSpace { bytes, .. }) => assert_eq!(bytes, 1 << 40),
         other => panic!("unexpected {other:?}"),

@@ -11,7 +11,9 @@ use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
 use dormouse_store::PageRow;
 use tempfile::TempDir;
 
-use crate::{Attached, BlockTable, Identity, KvError, Limits, OpenReport, PagePool, PendingCommit, Tail};
+use crate::{
+    Attached, BlockTable, Identity, KvError, Limits, OpenReport, PagePool, PendingCommit, Realm, Tail,
+};
 
 /// Four runs of 64 rows of 32 bytes: a page of 8 KiB, two memory pages.
 const LAYOUT: PageLayout = PageLayout { layers: 2, kv_heads: 1, head_dim: 16, dtype: KvDtype::F16 };
@@ -56,11 +58,17 @@ struct Rig {
     folder: TempDir,
     catalog: Catalog,
     quota_slots: u64,
+    ram_bytes: Option<u64>,
 }
 
 impl Rig {
     fn new(quota_slots: u64) -> Rig {
-        Rig { folder: tempfile::tempdir().unwrap(), catalog: Catalog::default(), quota_slots }
+        Rig {
+            folder: tempfile::tempdir().unwrap(),
+            catalog: Catalog::default(),
+            quota_slots,
+            ram_bytes: None,
+        }
     }
 
     fn path(&self) -> PathBuf {
@@ -68,7 +76,8 @@ impl Rig {
     }
 
     fn try_open(&self) -> Result<(PagePool, OpenReport), KvError> {
-        let limits = Limits { quota_bytes: self.quota_slots * LAYOUT.page_bytes() as u64 };
+        let limits =
+            Limits { quota_bytes: self.quota_slots * LAYOUT.page_bytes() as u64, ram_bytes: self.ram_bytes };
         let rows = self.catalog.rows.values().cloned().collect();
         PagePool::open(&self.path(), IDENTITY, LAYOUT, limits, rows, self.catalog.claims())
     }
@@ -115,9 +124,12 @@ fn word(prefix: u64, run: usize) -> [u8; 8] {
     (prefix.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ (run as u64 + 1)).to_le_bytes()
 }
 
-/// A hash of every prefix of `tokens`, as KV depends on it.
-fn prefixes(tokens: &[u32]) -> impl Iterator<Item = u64> {
-    tokens.iter().scan(0xcbf2_9ce4_8422_2325, |hash: &mut u64, token| {
+/// A hash of every prefix of `tokens`, as KV depends on it. Here it differs from realm to realm as well, so that one
+/// realm's pages are wrong in another.
+fn prefixes(table: &BlockTable, tokens: &[u32]) -> impl Iterator<Item = u64> {
+    let mut root = [0; 8];
+    root.copy_from_slice(&table.root.0[..8]);
+    tokens.iter().scan(u64::from_le_bytes(root), |hash: &mut u64, token| {
         *hash = (*hash ^ u64::from(*token)).wrapping_mul(0x100_0000_01b3).rotate_left(23);
         Some(*hash)
     })
@@ -142,7 +154,7 @@ fn compute(pool: &mut PagePool, table: &mut BlockTable, tokens: &[u32]) -> Resul
     pool.reserve(table, tokens.len() - start)?;
     let mut pages = Vec::new();
     pool.page_ptrs(table, &mut pages);
-    for (position, prefix) in prefixes(tokens).enumerate().skip(start) {
+    for (position, prefix) in prefixes(table, tokens).enumerate().skip(start) {
         for run in 0..LAYOUT.runs() {
             let page = pages[position / PAGE_TOKENS].as_ptr();
             for (at, byte) in row(position % PAGE_TOKENS, run).zip(word(prefix, run).into_iter().cycle()) {
@@ -160,7 +172,7 @@ fn compute(pool: &mut PagePool, table: &mut BlockTable, tokens: &[u32]) -> Resul
 fn check(pool: &PagePool, table: &BlockTable, tokens: &[u32]) {
     let mut pages = Vec::new();
     pool.page_ptrs(table, &mut pages);
-    for (position, prefix) in prefixes(&tokens[..table.len()]).enumerate() {
+    for (position, prefix) in prefixes(table, &tokens[..table.len()]).enumerate() {
         for run in 0..LAYOUT.runs() {
             let page = pages[position / PAGE_TOKENS].as_ptr();
             for (at, byte) in row(position % PAGE_TOKENS, run).zip(word(prefix, run).into_iter().cycle()) {
@@ -174,7 +186,11 @@ fn check(pool: &PagePool, table: &BlockTable, tokens: &[u32]) {
 
 /// Attaches and checks what was restored.
 fn attach(pool: &mut PagePool, tokens: &[u32]) -> Attached {
-    let attached = pool.attach(tokens);
+    attach_in(Realm::default(), pool, tokens)
+}
+
+fn attach_in(realm: Realm, pool: &mut PagePool, tokens: &[u32]) -> Attached {
+    let attached = pool.attach(realm, tokens);
     assert_eq!(attached.restored, attached.table.len());
     assert!(attached.restored <= tokens.len());
     check(pool, &attached.table, tokens);

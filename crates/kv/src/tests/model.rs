@@ -11,6 +11,11 @@ use super::*;
 
 const SESSIONS: usize = 4;
 
+/// Two sessions share pages with each other, and none with the other two.
+fn realm(session: usize) -> Realm {
+    if session < 2 { Realm::default() } else { Realm::named(&["others"]) }
+}
+
 #[derive(Clone, Debug)]
 enum Operation {
     Append {
@@ -154,9 +159,9 @@ impl World {
             }
             Operation::Park { session } => {
                 let log = &self.sessions[session].log;
-                let before = self.pool.probe(log);
-                let released = self.pool.park(log);
-                let after = self.pool.probe(log);
+                let before = self.pool.probe(realm(session), log);
+                let released = self.pool.park(realm(session), log);
+                let after = self.pool.probe(realm(session), log);
                 assert_eq!(before.tokens, after.tokens);
                 assert!(after.resident_bytes + released <= before.resident_bytes);
             }
@@ -180,7 +185,7 @@ impl World {
     fn step(&mut self, index: usize, count: usize) {
         let session = &mut self.sessions[index];
         let mut table = session.table.take().unwrap_or_else(|| {
-            let mut attached = attach(&mut self.pool, &session.log);
+            let mut attached = attach_in(realm(index), &mut self.pool, &session.log);
             let same = session.durable.iter().zip(&session.log).take_while(|(a, b)| a == b).count();
             if self.lossless {
                 assert!(attached.restored >= same, "{} of {same} restored", attached.restored);

@@ -155,7 +155,7 @@ fn eviction_takes_unclaimed_pages_first_then_the_least_recently_used_and_never_a
     ));
     rig.commit_removals(&mut pool);
     compute(&mut pool, &mut table, &new).unwrap();
-    let restored = |pool: &PagePool, seed| pool.probe(&tokens(seed, 128)).tokens;
+    let restored = |pool: &PagePool, seed| pool.probe(Realm::default(), &tokens(seed, 128)).tokens;
     assert_eq!([restored(&pool, 0), restored(&pool, 1), restored(&pool, 2)], [128, 0, 128]);
     check_pool(&pool, &[&pinned, &table]);
 
@@ -193,8 +193,8 @@ fn deleting_a_session_removes_the_pages_that_nobody_else_uses() {
     rig.fill(&mut pool, &own(3), 1);
     pool.unclaim(rig.catalog.leaves.remove(&0).unwrap().0.unwrap(), true);
     rig.commit_removals(&mut pool);
-    assert_eq!(pool.probe(&own(2)).tokens, 64);
-    assert_eq!(pool.probe(&own(3)).tokens, 164);
+    assert_eq!(pool.probe(Realm::default(), &own(2)).tokens, 64);
+    assert_eq!(pool.probe(Realm::default(), &own(3)).tokens, 164);
     pool.unclaim(rig.catalog.leaves.remove(&1).unwrap().0.unwrap(), true);
     rig.commit_removals(&mut pool);
     assert_eq!((pool.stats().slots_used, rig.catalog.rows.len()), (0, 0));
@@ -209,8 +209,8 @@ fn a_session_that_goes_on_moves_its_claim() {
     rig.fill(&mut pool, &log[..64], 0);
     rig.fill(&mut pool, &log, 0);
     assert_eq!(pool.stats().slots_claimed, 1);
-    assert_eq!(pool.leaf_of(&log), rig.catalog.leaves[&0]);
-    let (leaf, kv_len) = pool.leaf_of(&log[..150]);
+    assert_eq!(pool.leaf_of(Realm::default(), &log), rig.catalog.leaves[&0]);
+    let (leaf, kv_len) = pool.leaf_of(Realm::default(), &log[..150]);
     assert_eq!(kv_len, 150);
     pool.claim(leaf.unwrap()).unwrap();
     assert_eq!(pool.stats().slots_claimed, 2);
@@ -228,7 +228,7 @@ fn a_withdrawn_commit_is_repeated_whole_by_the_next() {
     let failed = pool.commit(&mut table, Tail::Synced).unwrap();
     pool.withdraw(failed.ticket);
     assert_eq!(pool.stats().slots_claimed, 0);
-    assert_eq!(pool.leaf_of(&log), (None, 0));
+    assert_eq!(pool.leaf_of(Realm::default(), &log), (None, 0));
     let again = rig.commit(&mut pool, &mut table, Some(0));
     assert_eq!(again.rows, failed.rows);
     assert_eq!(pool.stats().slots_claimed, 1);
@@ -254,18 +254,52 @@ fn pages_never_move_when_the_file_grows() {
 }
 
 #[test]
+fn pages_beyond_the_ram_budget_leave_it_in_the_order_of_their_last_use() {
+    let mut rig = Rig::new(64);
+    rig.ram_bytes = Some(10 * LAYOUT.page_bytes() as u64);
+    let mut pool = rig.open();
+    let logs: Vec<Vec<u32>> = (0..4).map(|session| tokens(session, 64 * 4)).collect();
+    for (session, log) in logs.iter().enumerate() {
+        rig.fill(&mut pool, log, session);
+        let fits = pool.stats().slots_in_ram <= 10;
+        assert_eq!(pool.over_budget().is_none(), fits, "after session {session}");
+        assert!(pool.stats().slots_in_ram <= 10);
+    }
+    assert!(pool.over_budget().is_none());
+    let in_ram = |pool: &PagePool, log: &[u32]| {
+        let path = pool.tree.walk(Realm::default(), log).slots;
+        path.iter().filter(|slot| pool.tree.node(**slot).mapped).count()
+    };
+    let left: Vec<usize> = logs.iter().map(|log| in_ram(&pool, log)).collect();
+    assert_eq!((left[0], left[2], left[3]), (0, 4, 4));
+    // All of it is still there, and what is used stays.
+    let held = attach(&mut pool, &logs[0]);
+    assert_eq!(held.restored, 256);
+    let out = pool.over_budget().unwrap();
+    out.carry_out();
+    assert_eq!(in_ram(&pool, &logs[0]), 4);
+    check(&pool, &held.table, &logs[0]);
+    pool.release(held.table);
+    for log in &logs {
+        let attached = attach(&mut pool, log);
+        assert_eq!((attached.restored, attached.damaged.len()), (256, 0));
+        pool.release(attached.table);
+    }
+}
+
+#[test]
 fn parking_gives_ram_back_and_attaching_counts_what_was_read() {
     let mut rig = Rig::new(1000);
     let log = tokens(1, 64 * 500);
     let mut pool = rig.open();
     let commit = rig.fill(&mut pool, &log, 0);
     commit.sync.sync(Durability::Power).unwrap();
-    let resident = pool.probe(&log).resident_bytes;
+    let resident = pool.probe(Realm::default(), &log).resident_bytes;
     assert_eq!(resident, 500 * 8192);
 
     let pinned = attach(&mut pool, &log[..64]).table;
-    let released = pool.park(&log);
-    let probe = pool.probe(&log);
+    let released = pool.park(Realm::default(), &log);
+    let probe = pool.probe(Realm::default(), &log);
     assert_eq!((probe.tokens, probe.resident_bytes + released), (log.len(), resident));
     let tmpfs = rustix::fs::statfs(rig.folder.path()).unwrap().f_type == 0x0102_1994;
     if !tmpfs {
@@ -287,4 +321,36 @@ fn a_pool_can_move_to_the_engine_thread_and_its_syncs_to_another() {
     is_send::<PagePool>();
     is_send::<BlockTable>();
     is_send::<PendingCommit>();
+}
+
+#[test]
+fn realms_share_nothing_and_know_their_own_pages_after_opening() {
+    let mut rig = Rig::new(64);
+    let (ann, bob) = (Realm::named(&["ann"]), Realm::named(&["bob"]));
+    let log = tokens(5, 150);
+    let mut pool = rig.open();
+    for (session, realm) in [Realm::default(), ann, bob].into_iter().enumerate() {
+        let Attached { mut table, restored, .. } = attach_in(realm, &mut pool, &log);
+        assert_eq!(restored, 0);
+        pool.set_claim(&mut table, None);
+        compute(&mut pool, &mut table, &log[..150 - session]).unwrap();
+        rig.commit(&mut pool, &mut table, Some(session));
+        pool.release(table);
+    }
+    drop(pool);
+    let (mut pool, report) = rig.try_open().unwrap();
+    assert_eq!((report.pages, report.dropped_orphans), (9, 0));
+    for (realm, known) in [(Realm::default(), 150), (ann, 149), (bob, 148), (Realm::named(&["eve"]), 0)] {
+        assert_eq!(attach_in(realm, &mut pool, &log).restored, known);
+    }
+    // A page of nobody's is still told from a realm's first page.
+    rig.catalog.rows.retain(|_, row| row.tokens[..] != log[..64] || row.parent != rig_root(&pool, bob));
+    drop(pool);
+    let (pool, report) = rig.try_open().unwrap();
+    assert_eq!((report.pages, report.dropped_orphans), (6, 2));
+    assert_eq!(pool.probe(bob, &log).tokens, 0);
+}
+
+fn rig_root(pool: &PagePool, realm: Realm) -> [u8; 32] {
+    pool.tree.chain.root(realm).0
 }

@@ -1,7 +1,7 @@
 //! Moving through a session's history, and in and out of memory: fork, rewind, park, resume.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::StatusCode;
 use dormouse_session::Place;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use crate::fields::Fields;
 
 /// 201 with the new session, and beside its fields the receipt as `dormouse`.
 pub async fn fork(
-    State(app): State<App>,
+    app: App,
     Path(session): Path<String>,
     JsonObject(body): JsonObject,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
@@ -22,33 +22,29 @@ pub async fn fork(
     let at = parse_place(&fields, "at")?;
     let name = fields.string("name")?;
     name.map_or(Ok(()), |name| check_name("name", name))?;
-    let (fork, receipt) = app.runtime.fork(&app.tenant, &session, at, name.map(String::from)).await?;
+    let (fork, receipt) = app.runtime.fork(&app.caller.tenant, &session, at, name.map(String::from)).await?;
     let mut answer = to_value(&fork)?;
     answer["dormouse"] = to_value(&receipt)?;
     Ok((StatusCode::CREATED, Json(answer)))
 }
 
 pub async fn rewind(
-    State(app): State<App>,
+    app: App,
     Path(session): Path<String>,
     JsonObject(body): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::new(&body);
     let to = parse_place(&fields, "to")?.ok_or_else(|| fields.expected("to", PLACE))?;
-    Ok(Json(to_value(&app.runtime.rewind(&app.tenant, &session, to).await?)?))
+    Ok(Json(to_value(&app.runtime.rewind(&app.caller.tenant, &session, to).await?)?))
 }
 
-pub async fn park(State(app): State<App>, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(to_value(&app.runtime.park(&app.tenant, &session).await?)?))
+pub async fn park(app: App, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(to_value(&app.runtime.park(&app.caller.tenant, &session).await?)?))
 }
 
-pub async fn resume(
-    State(app): State<App>,
-    Path(session): Path<String>,
-    params: Params,
-) -> Result<Json<Value>, ApiError> {
+pub async fn resume(app: App, Path(session): Path<String>, params: Params) -> Result<Json<Value>, ApiError> {
     let dry_run = params.flag("dry_run")?;
-    Ok(Json(to_value(&app.runtime.resume(&app.tenant, &session, dry_run).await?)?))
+    Ok(Json(to_value(&app.runtime.resume(&app.caller.tenant, &session, dry_run).await?)?))
 }
 
 const PLACE: &str = "the id of a turn (the place after it) or a token position";

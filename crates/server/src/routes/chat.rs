@@ -1,27 +1,29 @@
 //! `POST /v1/chat/completions`: the request.
 
 use axum::Json;
-use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use dormouse_session::{ChatRequest, Session, SessionError};
+use dormouse_session::{ChatRequest, Scope, Session, SessionError};
 
 use super::chat_answer::{self, Answer};
-use super::sessions::check_name;
+use super::sessions::{check_name, parse_cache_salt};
 use crate::App;
 use crate::body::JsonObject;
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::{generation, messages, now_seconds, random_u64};
+use crate::{generation, messages, now_seconds, random_u64, tools};
 
 const MOST_CHOICES: i64 = 16;
 
-pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
+pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
     let fields = Fields::new(&body);
     let mut request = parse_chat(&fields, random_u64()?)?;
     let delivery = parse_delivery(&fields)?;
     let permit = app.admit()?;
+    if request.session.is_some() {
+        app.caller.require(Scope::Sessions)?;
+    }
     if let Some(session) = &request.session {
-        match app.runtime.get(&app.tenant, session).await {
+        match app.runtime.get(&app.caller.tenant, session).await {
             Ok(session) => {
                 go_on_in(&session, &mut request, fields.get("seed").is_some())?;
             }
@@ -32,12 +34,13 @@ pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Res
     }
     let (model, session) = (request.model.clone(), request.session.is_some());
     let logprobs = request.generation.sampling.logprobs.is_some();
-    let streams = app.runtime.chat(&app.tenant, request).await?;
+    let streams = app.runtime.chat(&app.caller.tenant, request).await?;
     let Some(first) = streams.first() else {
         return Err(SessionError::Internal("no answer was begun".into()).into());
     };
     // A session answers with its own model, whatever the request said.
-    let model = if session { Some(app.runtime.get(&app.tenant, &first.session).await?.model) } else { model };
+    let model =
+        if session { Some(app.runtime.get(&app.caller.tenant, &first.session).await?.model) } else { model };
     let card = app.card(model.as_deref());
     let answer = Answer {
         id: format!("chatcmpl-{}", first.turn.trim_start_matches("turn_")),
@@ -96,12 +99,15 @@ fn parse_chat(fields: &Fields<'_>, random_seed: u64) -> Result<ChatRequest, ApiE
         let text = "n: a session goes on with one answer; fork it for others, or leave n out";
         return Err(ApiError::unsupported("n", text));
     }
+    let mut generation = generation::parse(fields, random_seed)?;
+    tools::choose(fields, &mut generation)?;
     Ok(ChatRequest {
+        cache_salt: parse_cache_salt(fields)?,
         model: fields.string("model")?.map(String::from),
         messages: messages::parse_list(list, "messages")?,
         session: session.map(String::from),
-        tools: Vec::new(),
-        generation: generation::parse(fields, random_seed)?,
+        tools: tools::parse(fields)?,
+        generation,
         n: n.unsigned_abs() as usize,
         store: fields.boolean("store")?.unwrap_or(true),
     })

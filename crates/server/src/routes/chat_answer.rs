@@ -2,6 +2,7 @@
 
 use axum::http::StatusCode;
 use axum::response::Response;
+use dormouse_answer::{AnswerParser, Piece, call_id};
 use dormouse_engine::{FinishReason, TokenLogprob};
 use dormouse_session::{
     FailureCode, Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream,
@@ -30,17 +31,33 @@ pub struct Answer {
 }
 
 /// What one choice has said so far.
-#[derive(Default)]
 struct Choice {
-    text: String,
+    /// Id of its turn.
+    id: String,
+    /// None once the turn is over.
+    parser: Option<AnswerParser>,
+    said: dormouse_answer::Answer,
     logprobs: Vec<Value>,
     /// Its turn, once it is over.
     turn: Option<Turn>,
 }
 
+/// What an event added to a choice.
+type Added = (Vec<Piece>, Vec<Value>);
+
 impl Choice {
-    /// Takes an event in and answers the text and log-probabilities that it added; None ends the stream early.
-    fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<(String, Vec<Value>), ApiError> {
+    fn new(stream: &TurnStream) -> Choice {
+        Choice {
+            id: stream.turn.clone(),
+            parser: Some(AnswerParser::new(&stream.answer_format)),
+            said: dormouse_answer::Answer::default(),
+            logprobs: Vec::new(),
+            turn: None,
+        }
+    }
+
+    /// Takes an event in and answers what it added; None ends the stream early.
+    fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<Added, ApiError> {
         match event.map(|event| event.body) {
             None => Err(match &answer.goes_on {
                 Some((session, turn)) => ApiError::interrupted(session, turn),
@@ -48,11 +65,12 @@ impl Choice {
             }),
             Some(TurnEventBody::Created { .. } | TurnEventBody::InProgress { .. }) => Ok(Default::default()),
             Some(TurnEventBody::Delta { delta, token, logprob }) => {
-                self.text.push_str(&delta);
+                let pieces = self.parser.as_mut().map_or_else(Vec::new, |parser| parser.push(&delta));
+                self.said.extend(pieces.iter().cloned());
                 let logprob = logprob.filter(|_| answer.logprobs);
                 let logprobs: Vec<Value> = logprob.iter().map(|it| answer.logprob(token, it)).collect();
                 self.logprobs.extend(logprobs.iter().cloned());
-                Ok((delta, logprobs))
+                Ok((pieces, logprobs))
             }
             Some(
                 TurnEventBody::Completed { turn }
@@ -63,8 +81,59 @@ impl Choice {
                     return Err(failure(&turn));
                 }
                 self.turn = Some(*turn);
-                Ok(Default::default())
+                let rest = self.parser.take().map_or_else(Vec::new, AnswerParser::finish);
+                self.said.extend(rest.iter().cloned());
+                Ok((rest, Vec::new()))
             }
+        }
+    }
+
+    /// The message of a whole answer.
+    fn message(&self) -> Value {
+        let said = &self.said;
+        let mut message = json!({ "role": "assistant", "content": said.content, "refusal": null });
+        if !said.reasoning.is_empty() {
+            // Clients read the one or the other name.
+            message["reasoning_content"] = said.reasoning.as_str().into();
+            message["reasoning"] = said.reasoning.as_str().into();
+        }
+        if !said.calls.is_empty() {
+            let call = |(index, call): (usize, &dormouse_answer::Call)| {
+                json!({
+                    "id": call_id(&self.id, index), "type": "function",
+                    "function": { "name": call.name, "arguments": call.arguments },
+                })
+            };
+            message["tool_calls"] = said.calls.iter().enumerate().map(call).collect();
+            if said.content.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        message
+    }
+
+    /// The delta of a chunk; None where a piece says nothing to clients of chat completions.
+    fn delta(&self, piece: &Piece) -> Option<Value> {
+        match piece {
+            Piece::Content(text) => Some(json!({ "content": text })),
+            Piece::Reasoning(text) => Some(json!({ "reasoning_content": text, "reasoning": text })),
+            Piece::CallBegin { index, name } => Some(json!({ "tool_calls": [{
+                "index": index, "id": call_id(&self.id, *index), "type": "function",
+                "function": { "name": name, "arguments": "" },
+            }] })),
+            Piece::CallArguments { index, fragment } => {
+                Some(json!({ "tool_calls": [{ "index": index, "function": { "arguments": fragment } }] }))
+            }
+            Piece::CallEnd { .. } => None,
+        }
+    }
+
+    fn finish_reason(&self, turn: &Turn) -> &'static str {
+        match turn.finish_reason {
+            Some(FinishReason::Length) => "length",
+            Some(FinishReason::Stop) if !self.said.calls.is_empty() => "tool_calls",
+            // OpenAI has no word for a cancelled answer, and clients check against its list.
+            Some(FinishReason::Stop | FinishReason::Cancelled) | None => "stop",
         }
     }
 }
@@ -114,7 +183,7 @@ impl Answer {
 }
 
 /// What a client that waits for a turn's answer is told when the turn failed.
-fn failure(turn: &Turn) -> ApiError {
+pub(super) fn failure(turn: &Turn) -> ApiError {
     let text = turn.error.as_deref().unwrap_or("the answer failed, and no reason is known");
     let (status, code) = match turn.error_code {
         Some(FailureCode::OutOfSpace) => (StatusCode::INSUFFICIENT_STORAGE, "out_of_space"),
@@ -124,16 +193,8 @@ fn failure(turn: &Turn) -> ApiError {
 }
 
 /// JSON has no infinity; -9999 is how OpenAI writes "impossible".
-fn finite(logprob: f32) -> f32 {
+pub(super) fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob } else { -9999.0 }
-}
-
-fn finish_reason(turn: &Turn) -> &'static str {
-    match turn.finish_reason {
-        Some(FinishReason::Length) => "length",
-        // OpenAI has no word for a cancelled answer, and clients check against its list.
-        Some(FinishReason::Stop | FinishReason::Cancelled) | None => "stop",
-    }
 }
 
 /// Prompt tokens count once, however many choices read them; every choice's output counts.
@@ -141,12 +202,13 @@ fn usage(turns: &[&Turn]) -> Value {
     let prompt = turns.first().map_or(0, |turn| turn.usage.prompt_tokens);
     let cached = turns.first().map_or(0, |turn| turn.usage.cached_tokens);
     let completion: usize = turns.iter().map(|turn| turn.usage.completion_tokens).sum();
+    let reasoning: usize = turns.iter().map(|turn| turn.usage.reasoning_tokens).sum();
     json!({
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": { "cached_tokens": cached },
-        "completion_tokens_details": { "reasoning_tokens": 0 },
+        "completion_tokens_details": { "reasoning_tokens": reasoning },
     })
 }
 
@@ -158,7 +220,7 @@ fn receipt(turn: Option<&Turn>) -> Result<Value, ApiError> {
 pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, ApiError> {
     let mut choices = Vec::with_capacity(streams.len());
     for mut stream in streams {
-        let mut choice = Choice::default();
+        let mut choice = Choice::new(&stream);
         while choice.turn.is_none() {
             choice.take(answer, stream.events.recv().await)?;
         }
@@ -168,9 +230,9 @@ pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, A
     let rendered = choices.iter().zip(&turns).enumerate().map(|(index, (choice, turn))| {
         json!({
             "index": index,
-            "message": { "role": "assistant", "content": choice.text, "refusal": null },
+            "message": choice.message(),
             "logprobs": answer.logprobs_object(&choice.logprobs),
-            "finish_reason": finish_reason(turn),
+            "finish_reason": choice.finish_reason(turn),
         })
     });
     let mut object = answer.envelope("chat.completion", rendered.collect());
@@ -181,7 +243,7 @@ pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, A
 
 /// Answers with chunks as they come. Dropping the response drops the choices' streams.
 pub fn stream(answer: Answer, streams: Vec<TurnStream>, permit: OwnedSemaphorePermit) -> Response {
-    let chunks = Chunks::new(answer, streams.len());
+    let chunks = Chunks { choices: streams.iter().map(Choice::new).collect(), answer, ended: false };
     let events = stream::select_all(streams.into_iter().enumerate().map(|(index, stream)| {
         let events =
             UnboundedReceiverStream::new(stream.events).map(Some).chain(stream::once(async { None }));
@@ -210,10 +272,6 @@ struct Chunks {
 }
 
 impl Chunks {
-    fn new(answer: Answer, choices: usize) -> Chunks {
-        Chunks { answer, choices: (0..choices).map(|_| Choice::default()).collect(), ended: false }
-    }
-
     /// The frames that say who speaks.
     fn begin(&self) -> String {
         let role = |index| self.answer.chunk(index, json!({ "role": "assistant", "content": "" }), &[], None);
@@ -232,13 +290,19 @@ impl Chunks {
     }
 
     fn try_take(&mut self, index: usize, event: Option<TurnEvent>) -> Result<String, ApiError> {
-        let (text, logprobs) = self.choices[index].take(&self.answer, event)?;
-        let mut frames = String::new();
-        if !text.is_empty() || !logprobs.is_empty() {
-            frames += &sse::data(&self.answer.chunk(index, json!({ "content": text }), &logprobs, None));
+        let (pieces, logprobs) = self.choices[index].take(&self.answer, event)?;
+        let choice = &self.choices[index];
+        let mut deltas: Vec<Value> = pieces.iter().filter_map(|piece| choice.delta(piece)).collect();
+        if deltas.is_empty() && !logprobs.is_empty() {
+            deltas.push(json!({ "content": "" }));
         }
-        if let Some(turn) = &self.choices[index].turn {
-            let mut last = self.answer.chunk(index, json!({}), &[], Some(finish_reason(turn)));
+        let mut frames = String::new();
+        let mut logprobs = logprobs.as_slice();
+        for delta in deltas {
+            frames += &sse::data(&self.answer.chunk(index, delta, std::mem::take(&mut logprobs), None));
+        }
+        if let Some(turn) = &choice.turn {
+            let mut last = self.answer.chunk(index, json!({}), &[], Some(choice.finish_reason(turn)));
             last.insert("dormouse".into(), receipt(Some(turn))?);
             frames += &sse::data(&last);
             let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
@@ -260,6 +324,7 @@ impl Chunks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dormouse_answer::{AnswerFormat, CallSyntax, Reasoning};
     use dormouse_engine::Receipt;
     use dormouse_session::Usage;
 
@@ -276,7 +341,15 @@ mod tests {
             error: None,
             error_code: None,
             output_text: text.into(),
-            usage: Usage { prompt_tokens: 10, completion_tokens: 3, total_tokens: 13, cached_tokens: 8 },
+            message: Default::default(),
+            answer_format: Default::default(),
+            usage: Usage {
+                prompt_tokens: 10,
+                completion_tokens: 3,
+                total_tokens: 13,
+                cached_tokens: 8,
+                ..Usage::default()
+            },
             dormouse: Some(Receipt { restored_tokens: 8, ..Receipt::default() }),
         }
     }
@@ -293,10 +366,46 @@ mod tests {
         assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 8);
     }
 
+    /// A choice that has said this.
+    fn said(text: &str) -> Choice {
+        let (_, events) = tokio::sync::mpsc::unbounded_channel();
+        let answer_format = AnswerFormat {
+            calls: Some(CallSyntax::Hermes),
+            reasoning: Some(Reasoning {
+                open: "<think>".into(),
+                close: "</think>".into(),
+                starts_open: false,
+            }),
+        };
+        let stream = TurnStream { session: "sess_1".into(), turn: "turn_1".into(), answer_format, events };
+        let mut choice = Choice::new(&stream);
+        choice.said = dormouse_answer::Answer::parse(&stream.answer_format, text);
+        choice
+    }
+
+    const CALL: &str = "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>";
+
     #[test]
     fn finish_reasons_are_from_openais_list() {
-        assert_eq!(finish_reason(&turn("", FinishReason::Length)), "length");
-        assert_eq!(finish_reason(&turn("", FinishReason::Cancelled)), "stop");
+        for (text, reason, expected) in [
+            ("hi", FinishReason::Stop, "stop"),
+            ("hi", FinishReason::Length, "length"),
+            ("hi", FinishReason::Cancelled, "stop"),
+            (CALL, FinishReason::Stop, "tool_calls"),
+            (CALL, FinishReason::Length, "length"),
+        ] {
+            assert_eq!(said(text).finish_reason(&turn(text, reason)), expected);
+        }
+    }
+
+    #[test]
+    fn reasoning_calls_and_content_have_their_places_in_the_message() {
+        let message = said(&format!("<think>hm</think>{CALL}")).message();
+        assert_eq!((&message["reasoning_content"], &message["reasoning"]), (&json!("hm"), &json!("hm")));
+        let call = json!([{"id": "call_1_0", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]);
+        assert_eq!((&message["content"], &message["tool_calls"]), (&Value::Null, &call));
+        let plain = json!({"role": "assistant", "content": "hi", "refusal": null});
+        assert_eq!(said("hi").message(), plain);
     }
 
     #[test]

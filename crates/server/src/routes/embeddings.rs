@@ -1,6 +1,5 @@
 //! `POST /v1/embeddings`: texts or tokens to vectors.
 
-use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -17,7 +16,7 @@ use crate::fields::Fields;
 /// As at OpenAI.
 const MOST_INPUTS: usize = 2048;
 
-pub async fn create(State(app): State<App>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
+pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
     let fields = Fields::new(&body);
     let embedder = choose(app.embedder.as_ref(), fields.string("model")?)?;
     let request = parse(&fields, embedder.dimensions())?;

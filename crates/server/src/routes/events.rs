@@ -1,7 +1,7 @@
 //! `/v1/sessions/{id}/events`: the durable log, as a list or as a stream that goes on.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
@@ -14,20 +14,20 @@ use crate::error::ApiError;
 use crate::sse;
 
 pub async fn events(
-    State(app): State<App>,
+    app: App,
     Path(session): Path<String>,
     params: Params,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let starting_after = params.number("starting_after")?;
     if params.flag("stream")? || accepts_stream(&headers) {
-        let events = app.runtime.follow_events(&app.tenant, &session, starting_after).await?;
+        let events = app.runtime.follow_events(&app.caller.tenant, &session, starting_after).await?;
         let frames = UnboundedReceiverStream::new(events).map(|event| sse::named(&event.kind, &event));
         return Ok(sse::respond(frames));
     }
     let limit = params.limit(100, 1000)?;
     // One more than asked for tells whether there are more.
-    let mut events = app.runtime.events(&app.tenant, &session, starting_after, limit + 1).await?;
+    let mut events = app.runtime.events(&app.caller.tenant, &session, starting_after, limit + 1).await?;
     let has_more = events.len() > limit;
     events.truncate(limit);
     let data = events.iter().map(to_value).collect::<Result<_, _>>()?;

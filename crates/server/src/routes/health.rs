@@ -1,16 +1,18 @@
 //! Readiness and metrics.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use crate::App;
+use crate::{App, Shared};
 
 /// 200 when requests can be served, 503 with the reason when not.
-pub async fn health(State(app): State<App>) -> Response {
-    match app.runtime.unhealthy() {
+pub async fn health(State(shared): State<Arc<Shared>>) -> Response {
+    match shared.runtime.unhealthy() {
         None => Json(json!({ "status": "ok" })).into_response(),
         Some(reason) => {
             (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "unhealthy", "reason": reason })))
@@ -19,7 +21,7 @@ pub async fn health(State(app): State<App>) -> Response {
     }
 }
 
-pub async fn metrics(State(app): State<App>) -> Response {
+pub async fn metrics(app: App) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.runtime.metrics().await)
         .into_response()
 }

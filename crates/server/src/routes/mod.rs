@@ -3,16 +3,22 @@
 mod branches;
 mod chat;
 mod chat_answer;
+mod completion_answer;
+mod completions;
+mod conversations;
 mod embeddings;
 mod events;
 mod health;
+mod keys;
 mod models;
+mod responses;
 mod sessions;
 mod turns;
 
 pub use models::KnownModel;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::Request;
@@ -21,18 +27,41 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 
-use crate::App;
+use crate::Shared;
 use crate::body::Params;
 use crate::error::ApiError;
+use crate::openapi;
 
-pub fn all() -> Router<App> {
+pub fn all() -> Router<Arc<Shared>> {
     Router::new()
         .route("/health", get(health::health))
         .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::show))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*model}", get(models::show))
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
         .route("/v1/embeddings", post(embeddings::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route("/v1/responses/{response}", get(responses::show).delete(responses::delete))
+        .route("/v1/responses/{response}/cancel", post(responses::cancel))
+        .route("/v1/responses/{response}/input_items", get(responses::input_items))
+        .route("/v1/conversations", post(conversations::create))
+        .route(
+            "/v1/conversations/{conversation}",
+            get(conversations::show).post(conversations::update).delete(conversations::delete),
+        )
+        .route(
+            "/v1/conversations/{conversation}/items",
+            get(conversations::list_items).post(conversations::create_items),
+        )
+        .route(
+            "/v1/conversations/{conversation}/items/{item}",
+            get(conversations::show_item).delete(conversations::delete_item),
+        )
+        .route("/v1/keys", get(keys::list).post(keys::create))
+        .route("/v1/keys/{key}", get(keys::show).delete(keys::revoke))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/{session}", get(sessions::show).patch(sessions::update).delete(sessions::delete))
         .route("/v1/sessions/{session}/items", get(sessions::items))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use dormouse_embed::Embedder;
 use dormouse_session::{ModelCard, SessionError};
 use serde_json::{Value, json};
@@ -26,11 +26,11 @@ pub struct KnownModel {
     pub licence: String,
 }
 
-pub async fn list(State(app): State<App>) -> Json<Value> {
+pub async fn list(app: App) -> Json<Value> {
     Json(json!({ "object": "list", "data": all_objects(&app) }))
 }
 
-pub async fn show(State(app): State<App>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
+pub async fn show(app: App, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
     let mut objects = all_objects(&app);
     match objects.iter().position(|object| object["id"] == model.as_str()) {
         Some(index) => Ok(Json(objects.swap_remove(index))),

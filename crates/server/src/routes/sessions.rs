@@ -1,7 +1,7 @@
 //! `/v1/sessions`: create, list, show, change, delete, and the items inside.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::StatusCode;
 use dormouse_session::{CreateSession, ListSessions, SessionStatus, UpdateSession};
 use serde_json::{Map, Value, json};
@@ -11,75 +11,63 @@ use crate::App;
 use crate::body::{JsonObject, Params};
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::tools;
 
-pub async fn create(
-    State(app): State<App>,
-    JsonObject(body): JsonObject,
-) -> Result<(StatusCode, Json<Value>), ApiError> {
+pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<(StatusCode, Json<Value>), ApiError> {
     let request = parse_create(&Fields::new(&body))?;
-    let session = app.runtime.create(&app.tenant, request).await?;
+    let session = app.runtime.create(&app.caller.tenant, request).await?;
     Ok((StatusCode::CREATED, Json(to_value(&session)?)))
 }
 
-pub async fn list(State(app): State<App>, params: Params) -> Result<Json<Value>, ApiError> {
+pub async fn list(app: App, params: Params) -> Result<Json<Value>, ApiError> {
     let query = ListSessions {
         after: params.text("after").map(String::from),
         limit: params.limit(20, 100)?,
         status: params.text("status").map(parse_status).transpose()?,
         implicit: params.flag("implicit")?,
     };
-    let found = app.runtime.list(&app.tenant, query).await?;
+    let found = app.runtime.list(&app.caller.tenant, query).await?;
     let data = found.data.iter().map(to_value).collect::<Result<_, _>>()?;
     Ok(Json(list_object(data, found.has_more)))
 }
 
-pub async fn show(State(app): State<App>, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(to_value(&app.runtime.get(&app.tenant, &session).await?)?))
+pub async fn show(app: App, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(to_value(&app.runtime.get(&app.caller.tenant, &session).await?)?))
 }
 
 pub async fn update(
-    State(app): State<App>,
+    app: App,
     Path(session): Path<String>,
     JsonObject(body): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
     let change = parse_update(&Fields::new(&body))?;
-    Ok(Json(to_value(&app.runtime.update(&app.tenant, &session, change).await?)?))
+    Ok(Json(to_value(&app.runtime.update(&app.caller.tenant, &session, change).await?)?))
 }
 
-pub async fn delete(State(app): State<App>, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
+pub async fn delete(app: App, Path(session): Path<String>) -> Result<Json<Value>, ApiError> {
     // The name may be used again at once; the answer tells which session it was.
-    let id = app.runtime.get(&app.tenant, &session).await?.id;
-    app.runtime.delete(&app.tenant, &id).await?;
+    let id = app.runtime.get(&app.caller.tenant, &session).await?.id;
+    app.runtime.delete(&app.caller.tenant, &id).await?;
     Ok(Json(json!({ "id": id, "object": "session.deleted", "deleted": true })))
 }
 
-pub async fn items(
-    State(app): State<App>,
-    Path(session): Path<String>,
-    params: Params,
-) -> Result<Json<Value>, ApiError> {
-    let items = app.runtime.items(&app.tenant, &session).await?;
+pub async fn items(app: App, Path(session): Path<String>, params: Params) -> Result<Json<Value>, ApiError> {
+    let items = app.runtime.items(&app.caller.tenant, &session).await?;
     Ok(Json(page(items.iter().map(to_value).collect::<Result<_, _>>()?, &params)?))
 }
 
 fn parse_create(fields: &Fields<'_>) -> Result<CreateSession, ApiError> {
-    let tools = fields.list("tools")?;
-    if tools.is_some_and(|tools| !tools.is_empty()) {
-        return Err(ApiError::unsupported(
-            "tools",
-            "tools: function calling is not supported in this version; leave it out",
-        ));
-    }
     Ok(CreateSession {
         model: fields.string("model")?.map(String::from),
         name: parse_name(fields)?,
         instructions: fields.string("instructions")?.map(String::from),
-        tools: Vec::new(),
+        tools: tools::parse(fields)?.unwrap_or_default(),
         metadata: parse_metadata(fields)?.unwrap_or_default(),
         seed: fields.seed("seed")?,
         kv_dtype: fields.string("kv_dtype")?.map(String::from),
         ttl_seconds: parse_ttl(fields)?,
         pinned: fields.boolean("pinned")?.unwrap_or(false),
+        cache_salt: parse_cache_salt(fields)?,
     })
 }
 
@@ -120,13 +108,25 @@ fn parse_name(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
     name.map(|name| check_name("name", name).map(|()| name.to_string())).transpose()
 }
 
+/// Pages computed under a salt are used by nobody without it.
+pub(super) fn parse_cache_salt(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
+    const MOST_BYTES: usize = 1024;
+    match fields.string("cache_salt")? {
+        Some(salt) if !(1..=MOST_BYTES).contains(&salt.len()) => {
+            let text = format!("cache_salt: expected 1 to {MOST_BYTES} bytes, found {}", salt.len());
+            Err(ApiError::invalid("cache_salt", text))
+        }
+        salt => Ok(salt.map(String::from)),
+    }
+}
+
 fn parse_ttl(fields: &Fields<'_>) -> Result<Option<u64>, ApiError> {
     // A hundred years, so that adding it to a time never overflows.
     Ok(fields.integer("ttl_seconds", 1..=3_155_760_000)?.map(i64::unsigned_abs))
 }
 
 /// OpenAI's bounds: 16 keys of 64 characters, values of 512.
-fn parse_metadata(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ApiError> {
+pub(super) fn parse_metadata(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ApiError> {
     let Some(map) = fields.object("metadata")? else { return Ok(None) };
     let is_small = |(key, value): (&String, &Value)| {
         key.chars().count() <= 64 && value.as_str().is_some_and(|text| text.chars().count() <= 512)

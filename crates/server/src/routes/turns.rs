@@ -1,7 +1,7 @@
 //! `/v1/sessions/{id}/turns`: append to a session and let it answer; look at, re-attach to and cancel an answer.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use dormouse_session::{SessionError, TurnEvent, TurnEventBody, TurnRequest, TurnStream};
@@ -15,11 +15,11 @@ use crate::App;
 use crate::body::{JsonObject, Params};
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::{generation, messages, sse};
+use crate::{generation, messages, sse, tools};
 
 /// Answers with the finished turn, with its events (`stream`), or at once with the begun turn (`background`, 202).
 pub async fn create(
-    State(app): State<App>,
+    app: App,
     Path(session): Path<String>,
     JsonObject(body): JsonObject,
 ) -> Result<Response, ApiError> {
@@ -27,17 +27,18 @@ pub async fn create(
     // Everything about the request is checked before the session is looked at, and before anything is appended.
     let (mut request, streams) = parse_turn(&fields)?;
     let permit = app.admit()?;
-    let session = app.runtime.get(&app.tenant, &session).await?;
+    let session = app.runtime.get(&app.caller.tenant, &session).await?;
     if fields.get("seed").is_none() {
         request.generation.sampling.seed = session.seed;
     }
     let background = request.background;
-    let started = app.runtime.start_turn(&app.tenant, &session.id, request).await.map_err(blame_input)?;
+    let started =
+        app.runtime.start_turn(&app.caller.tenant, &session.id, request).await.map_err(blame_input)?;
     if streams {
         return Ok(stream(started, Some(permit)));
     }
     let turn = if background {
-        app.runtime.turn(&app.tenant, &session.id, &started.turn).await?
+        app.runtime.turn(&app.caller.tenant, &session.id, &started.turn).await?
     } else {
         finished(started).await?
     };
@@ -45,35 +46,31 @@ pub async fn create(
     Ok((status, Json(to_value(&turn)?)).into_response())
 }
 
-pub async fn list(
-    State(app): State<App>,
-    Path(session): Path<String>,
-    params: Params,
-) -> Result<Json<Value>, ApiError> {
-    let turns = app.runtime.turns(&app.tenant, &session).await?;
+pub async fn list(app: App, Path(session): Path<String>, params: Params) -> Result<Json<Value>, ApiError> {
+    let turns = app.runtime.turns(&app.caller.tenant, &session).await?;
     Ok(Json(page(turns.iter().map(to_value).collect::<Result<_, _>>()?, &params)?))
 }
 
 /// The turn as it is, or with `?stream=true` its events after `starting_after`, however old they are.
 pub async fn show(
-    State(app): State<App>,
+    app: App,
     Path((session, turn)): Path<(String, String)>,
     params: Params,
 ) -> Result<Response, ApiError> {
     if params.flag("stream")? {
         let starting_after = params.number("starting_after")?;
-        let attached = app.runtime.attach(&app.tenant, &session, &turn, starting_after).await?;
+        let attached = app.runtime.attach(&app.caller.tenant, &session, &turn, starting_after).await?;
         return Ok(stream(attached, None));
     }
-    let turn = app.runtime.turn(&app.tenant, &session, &turn).await?;
+    let turn = app.runtime.turn(&app.caller.tenant, &session, &turn).await?;
     Ok(Json(to_value(&turn)?).into_response())
 }
 
 pub async fn cancel(
-    State(app): State<App>,
+    app: App,
     Path((session, turn)): Path<(String, String)>,
 ) -> Result<Json<Value>, ApiError> {
-    Ok(Json(to_value(&app.runtime.cancel(&app.tenant, &session, &turn).await?)?))
+    Ok(Json(to_value(&app.runtime.cancel(&app.caller.tenant, &session, &turn).await?)?))
 }
 
 /// What chat requests call `messages` is `input` here.
@@ -91,9 +88,12 @@ fn parse_turn(fields: &Fields<'_>) -> Result<(TurnRequest, bool), ApiError> {
         let text = "n: a session goes on with one answer; fork it for others, or leave n out";
         return Err(ApiError::unsupported("n", text));
     }
+    let mut generation = generation::parse(fields, 0)?;
+    tools::choose(fields, &mut generation)?;
     let request = TurnRequest {
         input: messages::parse_input(fields)?,
-        generation: generation::parse(fields, 0)?,
+        tools: tools::parse(fields)?,
+        generation,
         background: fields.boolean("background")?.unwrap_or(false),
     };
     Ok((request, fields.boolean("stream")?.unwrap_or(false)))

@@ -47,7 +47,7 @@ pub fn open_named(directory: &Path, name: &str, weights: [u8; 32], context: Opti
     let identity = Identity { fingerprint: model.fingerprint(), tenant_salt: [7; 32] };
     let path = directory.join(format!("{}.pages", weights[0]));
     let file = store.page_file(&path, identity.fingerprint, "default", "{}").unwrap();
-    let limits = Limits { quota_bytes: 1 << 30 };
+    let limits = Limits { quota_bytes: 1 << 30, ram_bytes: None };
     let (rows, claims) = (store.load_pages(file).unwrap(), store.claims(file).unwrap());
     let (pool, _) = PagePool::open(&path, identity, *model.layout(), limits, rows, claims).unwrap();
     let durability = dormouse_store::Durability::Process;
@@ -66,19 +66,25 @@ pub fn message(role: &str, content: &str) -> Message {
 
 pub fn generation(max_tokens: usize) -> Generation {
     let sampling = Sampling { temperature: 0.0, seed: 3, ..Sampling::default() };
-    Generation { sampling, max_tokens: Some(max_tokens), stop: Vec::new(), ignore_eos: false }
+    Generation { sampling, max_tokens: Some(max_tokens), ..Generation::default() }
 }
 
 pub fn request(text: &str, max_tokens: usize) -> TurnRequest {
-    TurnRequest { input: vec![message("user", text)], generation: generation(max_tokens), background: false }
+    TurnRequest {
+        input: vec![message("user", text)],
+        tools: None,
+        generation: generation(max_tokens),
+        background: false,
+    }
 }
 
 pub fn chat(messages: Vec<Message>, max_tokens: usize) -> ChatRequest {
     ChatRequest {
+        cache_salt: None,
         model: None,
         messages,
         session: None,
-        tools: Vec::new(),
+        tools: None,
         generation: generation(max_tokens),
         n: 1,
         store: true,

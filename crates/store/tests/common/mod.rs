@@ -1,12 +1,12 @@
 //! A small life of sessions that tests build and compare.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, dead_code)]
 
 use std::path::Path;
 
 use dormouse_store::{
-    BeginTurn, Cut, Durability, FinishTurn, ItemRow, Leaf, NewEvent, NewSession, PageRow, SessionRow,
-    StepCommit, Store,
+    BeginTurn, Cut, Durability, FinishTurn, ItemRow, KeyRow, Leaf, NewEvent, NewSession, PageRow,
+    ResponseRow, SessionRow, StepCommit, Store,
 };
 
 pub fn open(directory: &Path) -> Store {
@@ -44,6 +44,18 @@ pub fn page(slot: u32, tokens: &[u32]) -> PageRow {
     PageRow { slot, id: [slot as u8; 32], parent: [0; 32], tokens: tokens.to_vec(), checksum: slot * 7 }
 }
 
+/// The response that a turn of [`one_turn`] is.
+pub fn response(session: &str, turn: &str) -> ResponseRow {
+    ResponseRow {
+        id: format!("resp_{turn}"),
+        tenant: "default".into(),
+        session: session.into(),
+        turn: turn.into(),
+        created_ms: 2_000,
+        record: format!("{{\"note\":\"{}\"}}", "said ".repeat(80)),
+    }
+}
+
 /// One whole turn: input, two steps of output, an answer.
 pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, input: usize) -> SessionRow {
     let before = store.history(session).await.unwrap().session;
@@ -60,6 +72,7 @@ pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, in
             keep_items: before.items,
             items: vec![item(&format!("in{number}"), start, start + input)],
             record: format!("{{\"status\":\"in_progress\",\"n\":{number}}}"),
+            response: Some(response(session, &turn)),
             events: vec![event("begun")],
             now_ms: 2_000,
             ..BeginTurn::default()
@@ -123,6 +136,8 @@ pub async fn fill(store: &Store) {
     store.fork_session("sess_c", source.session.fence, cut, new_session("sess_d"), leaf).await.unwrap();
     let cut = Cut { tokens: 100, items: 0, partial_item: Some(item("cut", 0, 100)), turns: 0 };
     let fence = store.session("sess_b").await.unwrap().fence;
+    let key = KeyRow { id: "key_1".into(), name: "ci".into(), hash: [3; 32], ..KeyRow::default() };
+    store.create_key(key).await.unwrap();
     store.rewind_session("sess_b", fence, cut, Leaf::default(), vec![event("rewound")], 4_000).await.unwrap();
 }
 
@@ -135,9 +150,14 @@ pub async fn content(store: &Store) -> String {
         let history = store.history(&row.id).await.unwrap();
         let log = store.token_log(&row.id).await.unwrap();
         let events = store.events(&row.id, 0, 1000).await.unwrap();
+        for turn in &history.turns {
+            let id = format!("resp_{}", turn.id);
+            text += &format!("{:?}\n", store.response("default", &id).await.unwrap());
+        }
         text +=
             &format!("{row:?}\n{settings}\n{:?}\n{:?}\n{log:?}\n{events:?}\n", history.items, history.turns);
     }
+    text += &format!("{:?}\n", store.keys().await.unwrap());
     for number in 0..3u8 {
         text += &format!("{:?}\n", store.find_boundaries("default", vec![[number; 32]]).await.unwrap());
     }

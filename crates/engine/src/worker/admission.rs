@@ -1,0 +1,158 @@
+//! Which turns run: taken from the queue, paused when their pages are needed, woken when there is room.
+
+use std::cmp::Reverse;
+use std::time::Instant;
+
+use dormouse_kernels::PAGE_TOKENS;
+
+use super::Worker;
+use crate::turn::{Ending, Turn};
+use crate::{EngineError, Event, Miss, Receipt, TurnSpec};
+
+/// Turns that hold pages at once; the others wait in the queue.
+const RUNNING_MOST: usize = 64;
+
+/// A turn whose pages others needed: its tokens are durable, its pages may still be there when it goes on.
+pub(super) struct Paused {
+    /// With an empty table, which keeps the session's claim.
+    pub turn: Turn,
+    since: Instant,
+}
+
+impl Worker {
+    /// Gives pages to turns while there is room: to paused ones, and when there are none to waiting ones. Whether any got some.
+    pub(super) fn admit(&mut self) -> bool {
+        let mut admitted = self.go_on();
+        while self.state.paused.is_empty() && self.state.running.len() < RUNNING_MOST {
+            let Some(waiting) = self.next_waiting().and_then(|at| self.state.queue.remove(at)) else { break };
+            admitted = true;
+            let spec = &waiting.spec;
+            if spec.log.is_empty() || spec.log.len() > self.model.context() {
+                let error =
+                    EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
+                let _ = waiting.events.send(Event::Failed(error));
+                continue;
+            }
+            let queue_ms = waiting.since.elapsed().as_secs_f64() * 1e3;
+            // The last token is always computed: its logits are what the turn begins with.
+            let restorable = if spec.prompt_logprobs.is_some() { 0 } else { spec.log.len() - 1 };
+            let (mut table, restored) = self.restore(spec.realm, &spec.log[..restorable]);
+            self.pool.set_claim(&mut table, spec.claim);
+            let covered = spec.covered.min(spec.log.len() - 1);
+            let receipt = Receipt {
+                session: spec.session.clone(),
+                recomputed_tokens: covered.saturating_sub(restored.restored_tokens),
+                queue_ms,
+                miss: restored.miss.or_else(|| {
+                    (restored.restored_tokens < covered).then(|| Miss {
+                        reason: "page_evicted".into(),
+                        at_token: restored.restored_tokens,
+                        at_message: None,
+                    })
+                }),
+                ..restored
+            };
+            let stats = &mut self.state.stats;
+            stats.restored_tokens += receipt.restored_tokens as u64;
+            stats.recomputed_tokens += receipt.recomputed_tokens as u64;
+            stats.restored_bytes_read += receipt.bytes_read;
+            let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
+            self.run_turn(turn);
+        }
+        admitted
+    }
+
+    /// The queue's next turn: interactive ones before background ones, then the tenant with the fewest turns running, then
+    /// who has waited longest. A turn whose prompt begins as one that is being read waits until that beginning is there.
+    fn next_waiting(&self) -> Option<usize> {
+        let running = |waiting: &TurnSpec| {
+            self.state.running.iter().filter(|turn| turn.spec.realm == waiting.realm).count()
+        };
+        let ready =
+            self.state.queue.iter().enumerate().filter(|(_, waiting)| !self.is_being_read(&waiting.spec));
+        let first =
+            ready.min_by_key(|(at, waiting)| (Reverse(waiting.spec.priority), running(&waiting.spec), *at));
+        first.map(|(at, _)| at)
+    }
+
+    /// A running turn is computing whole pages that this one needs as well.
+    fn is_being_read(&self, spec: &TurnSpec) -> bool {
+        if spec.prompt_logprobs.is_some() {
+            return false;
+        }
+        let wanted = &spec.log[..spec.log.len().saturating_sub(1)];
+        self.state.running.iter().any(|turn| {
+            let shares = turn.ending.is_none() && turn.spec.realm == spec.realm;
+            let same = || wanted.iter().zip(&turn.log).take_while(|(a, b)| a == b).count();
+            shares && turn.pending() > 1 && turn.table.len() < same() / PAGE_TOKENS * PAGE_TOKENS
+        })
+    }
+
+    /// Puts a turn among the running ones, at its age.
+    fn run_turn(&mut self, turn: Turn) {
+        let at = self.state.running.partition_point(|other| other.since() <= turn.since());
+        self.state.running.insert(at, turn);
+    }
+
+    /// Takes a turn's pages, which are durable, for others.
+    pub(super) fn pause(&mut self, index: usize) {
+        let mut turn = self.state.running.remove(index);
+        self.pool.truncate(&mut turn.table, 0);
+        turn.pause();
+        tracing::debug!(turn = turn.spec.turn, "paused: its pages are needed");
+        self.state.stats.pauses += 1;
+        let at = self.state.paused.partition_point(|other| other.turn.since() <= turn.since());
+        self.state.paused.insert(at, Paused { turn, since: Instant::now() });
+    }
+
+    /// Wakes paused turns, the oldest first: one for each turn that has ended, and one when nothing runs. Whether there were any.
+    fn go_on(&mut self) -> bool {
+        let mut woken = false;
+        while !self.state.paused.is_empty() && (self.state.room > 0 || self.state.running.is_empty()) {
+            self.state.room = self.state.room.saturating_sub(1);
+            let mut turn = self.wake(0);
+            let known = turn.log.len() - 1;
+            let (table, restored) = self.restore(turn.spec.realm, &turn.log[..known]);
+            let empty = std::mem::replace(&mut turn.table, table);
+            self.pool.replace(empty, &mut turn.table);
+            turn.named = turn.table.len();
+            let lost = known - restored.restored_tokens;
+            turn.receipt.recomputed_tokens += lost;
+            let stats = &mut self.state.stats;
+            stats.restored_tokens += restored.restored_tokens as u64;
+            stats.recomputed_tokens += lost as u64;
+            stats.restored_bytes_read += restored.bytes_read;
+            self.run_turn(turn);
+            woken = true;
+        }
+        if self.state.paused.is_empty() {
+            self.state.room = 0;
+        }
+        woken
+    }
+
+    /// A turn that was paused, without pages.
+    fn wake(&mut self, at: usize) -> Turn {
+        let Paused { mut turn, since } = self.state.paused.remove(at);
+        turn.receipt.paused_ms += since.elapsed().as_secs_f64() * 1e3;
+        turn
+    }
+
+    /// Ends a paused turn, if there is one of this name; those who wait for it hear of it at the loop's next round.
+    pub(super) fn end_paused(&mut self, id: &str, ending: Ending) {
+        if let Some(at) = self.state.paused.iter().position(|paused| paused.turn.spec.turn == id) {
+            let mut turn = self.wake(at);
+            turn.end(ending);
+            self.run_turn(turn);
+        }
+    }
+
+    /// Ends all paused turns.
+    pub(super) fn end_all_paused(&mut self, ending: &Ending) {
+        while !self.state.paused.is_empty() {
+            let mut turn = self.wake(0);
+            turn.end(ending.clone());
+            self.run_turn(turn);
+        }
+    }
+}
