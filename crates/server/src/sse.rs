@@ -54,7 +54,50 @@ pub fn respond(frames: impl Stream<Item = String> + Send + 'static) -> Response 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    /// A client that follows the standard: lines end with CR, LF or both, a blank line ends an event, names and data are told.
+    fn read(text: &str) -> Vec<(String, String)> {
+        let (mut events, mut name, mut data) = (Vec::new(), String::new(), Vec::new());
+        for line in text.replace("\r\n", "\n").replace('\r', "\n").split('\n') {
+            match line.split_once(": ") {
+                Some(("event", value)) => name = value.to_string(),
+                Some(("data", value)) => data.push(value.to_string()),
+                _ if line.is_empty() && !data.is_empty() => {
+                    events.push((std::mem::take(&mut name), data.join("\n")));
+                    data.clear();
+                }
+                _ => assert!(line.is_empty() || line.starts_with(':'), "not a line of events: {line:?}"),
+            }
+        }
+        events
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_read_back_as_they_were_written_in_whatever_pieces_they_come(
+            texts in prop::collection::vec(any::<String>(), 0..8), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+        ) {
+            let values: Vec<Value> = texts.iter().map(|text| json!({ "delta": text })).collect();
+            let mut sent = String::new();
+            for (number, value) in values.iter().enumerate() {
+                sent += &if number % 2 == 0 { data(value) } else { named("response.delta", value) };
+                sent += ":\n\n";
+            }
+            // As a network would cut them; a client joins bytes, not characters.
+            let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(sent.len() + 1)).chain([0, sent.len()]).collect();
+            places.sort_unstable();
+            let pieces = places.windows(2).map(|pair| &sent.as_bytes()[pair[0]..pair[1]]);
+            let received = String::from_utf8(pieces.collect::<Vec<&[u8]>>().concat()).unwrap();
+            let events = read(&received);
+            prop_assert_eq!(events.len(), values.len());
+            for (number, ((name, data), value)) in events.iter().zip(&values).enumerate() {
+                prop_assert_eq!(name, if number % 2 == 0 { "" } else { "response.delta" });
+                prop_assert_eq!(&serde_json::from_str::<Value>(data).unwrap(), value);
+            }
+        }
+    }
 
     #[test]
     fn a_frame_is_one_data_line_whatever_the_text_holds() {

@@ -13,7 +13,7 @@ use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS};
 use dormouse_kv::{Identity, Limits, PagePool};
 use dormouse_models::model::LoadOptions;
 use dormouse_models::tokenizer::Specials;
-use dormouse_models::{Model, TokenId};
+use dormouse_models::{Model, TokenId, Tokenizer};
 use dormouse_store::{BeginTurn, Durability, FinishTurn, NewSession, PageRow, SessionRow, Store};
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -90,6 +90,11 @@ pub struct Answer {
 fn bits(logprob: TokenLogprob) -> (u32, Alternatives) {
     let top = logprob.top.iter().map(|(token, logprob)| (*token, logprob.to_bits()));
     (logprob.logprob.to_bits(), top.collect())
+}
+
+pub fn tokenizer() -> &'static Arc<Tokenizer> {
+    static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::clone(model(CONTEXT).tokenizer()));
+    &TOKENIZER
 }
 
 /// Bytes of a page of KV.
