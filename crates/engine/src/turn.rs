@@ -14,7 +14,9 @@ use crate::{
 };
 
 /// How long a token waits for a commit at the most. All running turns' gains become durable in one transaction; a turn that
-/// ends does not wait.
+/// ends does not wait. A turn that has said `COMMIT_TOKENS` since the last one waits for a quarter of that: what a crash takes has to be
+/// said again before the answer goes on.
+pub const COMMIT_TOKENS: usize = 16;
 pub const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A turn that was submitted and has no pages yet.
@@ -221,7 +223,12 @@ impl Turn {
     /// Tokens or pages that no commit has named yet, or at the turn's end a page that none has synced.
     fn has_gained(&self) -> bool {
         let unsynced = self.gives_up_pages() && !self.tail_is_synced;
-        self.log.len() > self.durable || self.table.len() > self.named || unsynced
+        self.uncommitted() > 0 || self.table.len() > self.named || unsynced
+    }
+
+    /// Tokens that a crash now would take.
+    pub fn uncommitted(&self) -> usize {
+        self.log.len().saturating_sub(self.durable)
     }
 
     /// It has ended, or is about to pause.

@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use crate::persist::{Acknowledgement, Commit, Persister};
 use crate::speculation::DraftSource;
 use crate::step_cost::StepCost;
-use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
+use crate::turn::{COMMIT_INTERVAL, COMMIT_TOKENS, Ending, Turn, Waiting};
 use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
 use admission::Paused;
 
@@ -266,7 +266,9 @@ impl Worker {
 
     /// Sends commits on their way and closes the turns that are over and durable. Whether there was anything to do.
     fn persist(&mut self) -> bool {
-        let all_are_due = self.state.last_commit.is_none_or(|at| at.elapsed() >= COMMIT_INTERVAL);
+        let many = self.state.running.iter().any(|turn| turn.uncommitted() >= COMMIT_TOKENS);
+        let interval = if many { COMMIT_INTERVAL / 4 } else { COMMIT_INTERVAL };
+        let all_are_due = self.state.last_commit.is_none_or(|at| at.elapsed() >= interval);
         let is_due = |turn: &Turn| turn.can_commit() && (all_are_due || turn.gives_up_pages());
         let due: Vec<usize> =
             (0..self.state.running.len()).filter(|index| is_due(&self.state.running[*index])).collect();
