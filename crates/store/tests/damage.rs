@@ -85,7 +85,8 @@ fn random(state: &mut u64) -> u64 {
 async fn flipped_bits_anywhere_in_either_file_change_no_content() {
     let (intact, before) = filled().await;
     let mut mended = 0;
-    for seed in 0..120u64 {
+    // Most bytes of the first pages, roots of tables without many rows, hold nothing.
+    for seed in 0..240u64 {
         let damaged = tempfile::tempdir().unwrap();
         snapshot(intact.path(), damaged.path());
         let name = if seed % 4 == 3 { "dormouse-mirror.db" } else { "dormouse.db" };
@@ -109,8 +110,7 @@ async fn flipped_bits_anywhere_in_either_file_change_no_content() {
         store.create_session(new_session("after")).await.unwrap();
         assert_eq!(store.verify().await.unwrap().len(), health.len(), "seed {seed}");
     }
-    // Most bytes of the first pages, roots of tables without many rows, hold nothing.
-    assert!(mended > 10, "only {mended} flips were seen at all");
+    assert!(mended > 20, "only {mended} flips were seen at all");
 }
 
 #[tokio::test]
