@@ -4,6 +4,7 @@
 //! is what one step can multiply; a template that is written to exhaust memory by small steps still can.
 
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::value::{Kwargs, StringInput};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
@@ -131,16 +132,11 @@ fn joined(items: &Value, joiner: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs the engine on a thread where long chains overflow nothing, and where a panic of it ends nothing else.
-pub fn on_deep_stack<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) -> Result<T, ModelError> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("chat-template".to_owned()).stack_size(STACK_BYTES);
-        let thread = thread
-            .spawn_scoped(scope, work)
-            .map_err(|error| ModelError::Template(format!("no thread to run it on: {error}")))?;
-        let failed = |_| Err(ModelError::Template("the template engine fails on it".to_owned()));
-        thread.join().unwrap_or_else(failed)
-    })
+/// Runs the engine on a stack where long chains overflow nothing, and where a panic of it ends nothing else.
+pub fn on_deep_stack<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
+    // What a panic leaves half done is the engine's own, and not looked at again.
+    catch_unwind(AssertUnwindSafe(|| stacker::grow(STACK_BYTES, work)))
+        .unwrap_or_else(|_| Err(ModelError::Template("the template engine fails on it".to_owned())))
 }
 
 /// A buffer that refuses to grow past [`OUTPUT_LIMIT`].
