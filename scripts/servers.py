@@ -60,6 +60,7 @@ class Answer:
     begun: float = 0.0  # on `time.monotonic`'s clock
     piece_times: list[float] = dataclasses.field(default_factory=list)  # when each piece of text came
     finished: float = 0.0  # when the reason of the end came
+    engine_first_token: float = 0.0  # from when the engine had the turn, as Dormouse's receipt says
 
     @property
     def computed_tokens(self) -> int:
@@ -177,6 +178,8 @@ class Server:
             if usage := event.get("usage"):
                 answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
                 answer.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+            if receipt := event.get("dormouse"):
+                answer.engine_first_token = receipt["ttft_ms"] / 1e3
         if not answer.finished:
             raise ServerFailed(f"{self.name}: the answer broke off\n{self.last_words()}")
         return answer

@@ -3,6 +3,8 @@
 mod experts;
 mod weights;
 
+use std::ops::Range;
+
 use dormouse_kernels::Cpu;
 use dormouse_kernels::cpu::attention::{Attention, Sequence, attend, store_kv};
 use dormouse_kernels::cpu::matmul::{Product, matmul};
@@ -47,6 +49,17 @@ pub struct Batch<'a> {
     pub logit_rows: &'a [usize],
 }
 
+/// A batch's last sequence, where it goes through some layers only: a long prompt's rows, several passes' work.
+pub struct Chunk<'a> {
+    pub layers: Range<usize>,
+    /// What these layers begin with, `[rows of the sequence, d_model]`, and what they leave for the next ones. Before the
+    /// first layer and after the last it is of no meaning.
+    pub hidden: &'a mut Vec<f32>,
+}
+
+/// What one multiply-add of attention takes, in those of weights: floats against integers.
+const ATTENTION_COST: f64 = 2.5;
+
 /// The buffers of a forward pass, kept from one to the next.
 #[derive(Default)]
 pub struct Activations {
@@ -90,7 +103,7 @@ impl Activations {
 
     fn prepare(&mut self, rows: usize, config: &ModelConfig, rotations: usize) {
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        self.x.resize(rows * config.d_model, 0.0);
+        assert_eq!(self.x.len(), rows * config.d_model);
         self.normed.resize(rows * config.d_model, 0.0);
         self.delta.resize(rows * config.d_model, 0.0);
         self.q.resize(rows * q_width, 0.0);
@@ -137,28 +150,95 @@ impl Decoder {
     /// Computes every row of `batch`: writes its keys and values to its pages and leaves the wanted logits in
     /// `work.logits_mut()`. Each row's bits depend on its own sequence alone.
     pub fn forward(&self, cpu: &Cpu, layout: &PageLayout, batch: &Batch<'_>, work: &mut Activations) {
-        let rows = batch.tokens.len();
-        assert_eq!(batch.sequences.iter().map(|sequence| sequence.rows).sum::<usize>(), rows);
-        work.prepare(rows, &self.config, self.rotations.len());
+        work.x.clear();
         self.embed(batch.tokens, work);
-        self.angles(batch, work);
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.attention(cpu, layout, batch, index, layer, work);
-            self.feed_forward(cpu, layer, work);
+        self.pass(cpu, layout, batch, 0..self.layers.len(), work);
+        self.logits(cpu, batch.logit_rows, work);
+    }
+
+    /// The same, but `batch`'s last sequence goes only through the chunk's layers, together with the others' rows. When
+    /// it has gone through all, its keys, values and logits are the bits that one pass gives: only then logits of its
+    /// rows may be wanted.
+    pub fn forward_with_chunk(
+        &self,
+        cpu: &Cpu,
+        layout: &PageLayout,
+        batch: &Batch<'_>,
+        chunk: Chunk<'_>,
+        work: &mut Activations,
+    ) {
+        let (Range { start, end }, layers, d) = (chunk.layers, self.layers.len(), self.config.d_model);
+        assert!(start < end && end <= layers, "layers {start}..{end} of {layers}");
+        let Some((last, others)) = batch.sequences.split_last() else { return };
+        let rows = last.first_row;
+        assert_eq!(rows + last.rows, batch.tokens.len(), "the chunk's rows come last");
+        let others = Batch { tokens: &batch.tokens[..rows], sequences: others, logit_rows: &[] };
+        work.x.clear();
+        self.embed(others.tokens, work);
+        self.pass(cpu, layout, &others, 0..start, work);
+        if start == 0 {
+            self.embed(&batch.tokens[rows..], work);
+        } else {
+            assert_eq!(chunk.hidden.len(), last.rows * d, "what the layers before {start} left");
+            work.x.append(chunk.hidden);
+        }
+        self.pass(cpu, layout, batch, start..end, work);
+        if end < layers {
+            assert!(batch.logit_rows.iter().all(|row| *row < rows), "the chunk has no logits yet");
+            chunk.hidden.clear();
+            chunk.hidden.extend_from_slice(&work.x[rows * d..]);
+            work.x.truncate(rows * d);
+            self.pass(cpu, layout, &others, end..layers, work);
         }
         self.logits(cpu, batch.logit_rows, work);
     }
 
-    /// Each token's row of the embedding, scaled.
+    /// About what a row at `position` costs in one layer, in multiply-adds of weights.
+    pub fn row_work(&self, layer: usize, position: usize) -> f64 {
+        let config = &self.config;
+        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let d_ff = config.experts.map_or(config.d_ff, |experts| experts.d_ff * experts.used);
+        let weights = config.d_model * (2 * (q_width + kv_width) + 3 * d_ff);
+        let seen = config.window(layer).unwrap_or(usize::MAX).min(position + 1);
+        weights as f64 + ATTENTION_COST * (2 * q_width * seen) as f64
+    }
+
+    /// Takes the rows of `work.x`, which are those of `batch`, through some layers.
+    fn pass(
+        &self,
+        cpu: &Cpu,
+        layout: &PageLayout,
+        batch: &Batch<'_>,
+        layers: Range<usize>,
+        work: &mut Activations,
+    ) {
+        let rows = batch.tokens.len();
+        assert_eq!(batch.sequences.iter().map(|sequence| sequence.rows).sum::<usize>(), rows);
+        if rows == 0 || layers.is_empty() {
+            return;
+        }
+        work.prepare(rows, &self.config, self.rotations.len());
+        self.angles(batch, work);
+        for index in layers {
+            let layer = &self.layers[index];
+            self.attention(cpu, layout, batch, index, layer, work);
+            self.feed_forward(cpu, layer, work);
+        }
+    }
+
+    /// Appends each token's row of the embedding, scaled, to the residual stream.
     fn embed(&self, tokens: &[TokenId], work: &mut Activations) {
         let d = self.config.d_model;
         let row_bytes = self.embedding.ty.row_bytes(d);
-        for (token, x) in tokens.iter().zip(work.x.chunks_exact_mut(d)) {
+        let before = work.x.len();
+        work.x.resize(before + tokens.len() * d, 0.0);
+        let embedded = &mut work.x[before..];
+        for (token, x) in tokens.iter().zip(embedded.chunks_exact_mut(d)) {
             let row = &self.embedding.bytes()[*token as usize * row_bytes..][..row_bytes];
             dormouse_kernels::quant::dequantize(self.embedding.ty, row, x);
         }
         if self.config.embedding_scale != 1.0 {
-            scale(&mut work.x, self.config.embedding_scale);
+            scale(embedded, self.config.embedding_scale);
         }
     }
 

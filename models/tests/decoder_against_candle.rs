@@ -199,3 +199,28 @@ fn logits_are_the_same_bits_in_one_prefill_in_chunks_and_token_by_token() {
         }
     }
 }
+
+#[test]
+fn a_piece_of_a_prompt_that_takes_some_layers_at_a_time_beside_other_rows_has_the_same_bits() {
+    let (tokens, talk) = (prompt(90), prompt(40)[20..].to_vec());
+    let decoder = test_decoder();
+    let layers = decoder.config().layers;
+    let (cpu, rig) = (cpu(2), || Rig::new(&decoder, KvDtype::F16, 128));
+    let whole = rig().append(&cpu, &tokens);
+    let talked = rig().append(&cpu, &talk);
+    // Cut anywhere; with rows beside the last layers, beside the first ones, or never any.
+    for (ends, said) in
+        [(vec![1, 2, 9, layers], 4), (vec![layers], 1), (vec![7, layers], 1), (vec![4, layers], 0)]
+    {
+        let (mut talker, mut reader) = (rig(), rig());
+        talker.append(&cpu, &talk[..10]);
+        let mut got = reader.append(&cpu, &tokens[..30]);
+        let own = &talk[10..10 + said];
+        let mut logits = talker.append_beside(&cpu, own, (&mut reader, &tokens[30..70]), &ends);
+        got.extend(logits.split_off(said));
+        got.extend(reader.append(&cpu, &tokens[70..]));
+        let bits = |rows: &[Vec<f32>]| rows.iter().flatten().map(|logit| logit.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&logits) == bits(&talked[10..10 + said]), "the talker's, {ends:?}");
+        assert!(bits(&got) == bits(&whole), "the reader's, {ends:?}");
+    }
+}

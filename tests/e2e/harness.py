@@ -32,7 +32,9 @@ class StartFailed(Exception):
 class Server:
     """One `dormouse serve` over one data directory; it may be started many times."""
 
-    def __init__(self, data_dir, model=MODEL, flags=(), environment=None):
+    def __init__(self, data_dir, model=MODEL, flags=(), environment=None, wrapper=()):
+        # What runs the binary, if it is not run by itself.
+        self.wrapper = list(wrapper)
         self.data_dir, self.model, self.flags = pathlib.Path(data_dir), pathlib.Path(model), list(flags)
         self.environment = {**os.environ, **(environment or {})}
         # Beside the data directory, so that a copy of the directory is the server's data and nothing else.
@@ -41,7 +43,7 @@ class Server:
         self.process = self.http = self.url = None
 
     def start(self):
-        command = [BINARY, "serve", "--model", self.model, "--data-dir", self.data_dir, "--port", self.port,
+        command = [*self.wrapper, BINARY, "serve", "--model", self.model, "--data-dir", self.data_dir, "--port", self.port,
                    *self.flags]
         self.log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with open(self.log_path, "ab") as log:

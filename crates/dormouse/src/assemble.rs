@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use dormouse_embed::Embedder;
-use dormouse_engine::Engine;
+use dormouse_engine::{Engine, EngineOptions, Reopen};
 use dormouse_kernels::{Cpu, PageLayout};
 use dormouse_kv::{Identity, KvError, Limits, OpenReport, PagePool};
 use dormouse_models::Model;
@@ -35,6 +35,20 @@ pub struct Running {
     pub quota: Bytes,
 }
 
+impl Running {
+    /// What the pages of each model may take by these settings.
+    pub fn limits(&self, config: &Config) -> Result<Limits> {
+        Ok(limits(config, quota(config)?))
+    }
+}
+
+/// Of several models each has its part of the RAM.
+fn limits(config: &Config, quota: Bytes) -> Limits {
+    let models = config.models.len().max(1) as u64;
+    let ram_bytes = config.ram_budget.map(|budget| budget.0 / models);
+    Limits { quota_bytes: quota.0, ram_bytes }
+}
+
 /// A model's page file, as it was found.
 pub struct OpenPages {
     pub path: PathBuf,
@@ -58,7 +72,9 @@ pub async fn assemble(
     let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files, embedding.as_ref()));
     let Opened { store, engines, pages, embedder, quota } =
         opening.await.context("opening the data directory failed")??;
-    let runtime = Runtime::open(store.clone(), engines.clone(), RuntimeOptions::default())?;
+    let clock_offset_seconds = config.faults.clock_offset_seconds;
+    let options = RuntimeOptions { clock_offset_seconds, ..RuntimeOptions::default() };
+    let runtime = Runtime::open(store.clone(), engines.clone(), options)?;
     Ok(Running { runtime, store, engines, pages, embedder, quota })
 }
 
@@ -108,8 +124,22 @@ fn start_engine(
     let (cpu, model) = load_model(config, store, file)?;
     let (pool, page_file, opened) = open_pages(config, store, &model, quota)?;
     let (model, store, durability) = (Arc::new(model), store.clone(), config.durability);
-    let engine = Engine::start(model, cpu, pool, page_file, store, durability, config.speculation)?;
+    let options = EngineOptions {
+        reopen: Some(reopen(config.clone(), store.clone(), Arc::clone(&model), quota)),
+        stuck_after: config.stuck_after,
+        faults: config.faults.engine.clone(),
+        ..config.speculation.into()
+    };
+    let engine = Engine::start(model, cpu, pool, page_file, store, durability, options)?;
     Ok((engine, opened))
+}
+
+/// How an engine that broke down gets its pages back: as at a start.
+fn reopen(config: Config, store: Store, model: Arc<Model>, quota: Bytes) -> Reopen {
+    Box::new(move || {
+        let opened = open_pages(&config, &store, &model, quota);
+        opened.map(|(pool, ..)| pool).map_err(|why| format!("{why:#}"))
+    })
 }
 
 /// A model's pages alone, to be checked.
@@ -167,10 +197,7 @@ fn open_pages(
     let path = config.pages_dir().join(&name);
     // Named without its folder, so that a data directory can be moved or copied.
     let file = store.page_file(Path::new(&name), identity.fingerprint, TENANT, &describe_layout(&layout))?;
-    // Of several models each has its part.
-    let models = config.models.len().max(1) as u64;
-    let ram_bytes = config.ram_budget.map(|budget| budget.0 / models);
-    let limits = Limits { quota_bytes: quota.0, ram_bytes };
+    let limits = limits(config, quota);
     if !path.exists() {
         // Rows without their file name nothing; a new file must not be read through them.
         store.forget_pages(file)?;

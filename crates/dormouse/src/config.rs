@@ -2,6 +2,7 @@
 
 use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -11,9 +12,11 @@ use dormouse_kernels::{KvDtype, Precision};
 use dormouse_store::Durability;
 use serde::Deserialize;
 
+use crate::faults::Faults;
 use crate::sizes::Bytes;
 
 pub const DEFAULT_PORT: u16 = 8642;
+const DEFAULT_STUCK_AFTER_SECONDS: u64 = 30;
 
 /// Settings as flags or environment variables; every one may be absent.
 #[derive(Clone, Debug, Default, Args)]
@@ -60,6 +63,12 @@ pub struct Settings {
     /// Guess tokens ahead from the session's own text; answers stay the same, only faster [default: ngram]
     #[arg(long, global = true, env = "DORMOUSE_SPECULATION", value_parser = speculation_values())]
     pub speculation: Option<Speculation>,
+    /// Health turns red when a step or a commit lasts longer than so many seconds [default: 30]
+    #[arg(long, global = true, env = "DORMOUSE_STUCK_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub stuck_after: Option<u64>,
+    /// What is logged on standard error: a level (error, warn, info, debug), or targets with levels [default: warn]
+    #[arg(long, global = true, env = "DORMOUSE_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
     /// Key to ask a server with, and that a server takes as its owner's: clients must then send one as
     /// `Authorization: Bearer KEY`. More keys: `dormouse keys`
     #[arg(long, global = true, env = "DORMOUSE_API_KEY", value_name = "KEY", hide_env_values = true)]
@@ -121,6 +130,8 @@ struct File {
     disk_quota: Option<Bytes>,
     durability: Option<Durability>,
     speculation: Option<Speculation>,
+    stuck_after: Option<u64>,
+    log: Option<String>,
     api_key: Option<String>,
     require_key: Option<bool>,
     cors_origin: Option<OneOrMore>,
@@ -159,6 +170,11 @@ pub struct Config {
     pub disk_quota: Option<Bytes>,
     pub durability: Durability,
     pub speculation: Speculation,
+    /// A step, or a commit, that lasts longer turns health red.
+    pub stuck_after: Duration,
+    pub log: Option<String>,
+    /// What tests want to go wrong.
+    pub faults: Faults,
     pub api_key: Option<String>,
     pub require_key: bool,
     pub cors_origins: Vec<String>,
@@ -247,12 +263,15 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         Some(precision) => precision,
         None => file.activations.map(parse_precision).transpose()?.unwrap_or_default(),
     };
-    for (name, value) in [("threads", file.threads), ("ctx", file.ctx)] {
+    let stuck_after = file.stuck_after.map(|seconds| seconds as usize);
+    for (name, value) in [("threads", file.threads), ("ctx", file.ctx), ("stuck_after", stuck_after)] {
         if value == Some(0) {
             bail!("the settings file's {name}: expected at least 1, found 0");
         }
     }
     let threads = flags.threads.or(file.threads).unwrap_or_else(default_threads);
+    let log = flags.log.or(file.log).filter(|filter| !filter.is_empty());
+    log.as_deref().map(crate::log::parse).transpose()?;
     let api_key = flags.api_key.or(file.api_key);
     if api_key.as_ref().is_some_and(|key| key.trim().is_empty()) {
         bail!("the API key is empty: leave it out, or set one");
@@ -272,6 +291,11 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         disk_quota: flags.disk_quota.or(file.disk_quota),
         durability: flags.durability.or(file.durability).unwrap_or_default(),
         speculation: flags.speculation.or(file.speculation).unwrap_or_default(),
+        stuck_after: Duration::from_secs(
+            flags.stuck_after.or(file.stuck_after).unwrap_or(DEFAULT_STUCK_AFTER_SECONDS),
+        ),
+        log,
+        faults: Faults::from_environment()?,
         api_key,
         require_key: flags.require_key || file.require_key.unwrap_or(false),
         cors_origins,

@@ -9,12 +9,14 @@ mod client;
 mod commands;
 mod config;
 mod disk;
+mod faults;
+mod log;
 mod output;
+mod reload;
 mod server;
 mod sizes;
 mod weights;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,11 +25,12 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::config::Config;
+use crate::log::Log;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(&cli);
-    match start(cli) {
+    let log = Log::start(cli.json);
+    match start(cli, log) {
         Ok(code) => code,
         // `dormouse sessions ls | head`: the reader has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -43,23 +46,23 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn start(cli: Cli) -> Result<ExitCode> {
+fn start(cli: Cli, log: Log) -> Result<ExitCode> {
     let config = Config::resolve(&cli.settings)?;
+    log.set(config.log.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // HTTP and clients need little; the cores belong to the engine.
-        .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the threads for input and output")?;
-    let result = runtime.block_on(run(cli, config));
+    let result = runtime.block_on(run(cli, config, &log));
     // A prompt that waits for a line, for one, would hold the process back.
     runtime.shutdown_timeout(Duration::from_millis(100));
     result
 }
 
-async fn run(cli: Cli, config: Config) -> Result<ExitCode> {
+async fn run(cli: Cli, config: Config, log: &Log) -> Result<ExitCode> {
     match cli.command {
-        Command::Serve(arguments) => commands::serve::serve(&config, arguments).await?,
+        Command::Serve(arguments) => commands::serve::serve(config, &cli.settings, arguments, log).await?,
         Command::Chat(arguments) => commands::chat::chat(&config, arguments).await?,
         Command::Run(arguments) => commands::run::run(&config, arguments, cli.json).await?,
         Command::Sessions(arguments) => commands::sessions::sessions(&config, arguments, cli.json).await?,
@@ -69,13 +72,4 @@ async fn run(cli: Cli, config: Config) -> Result<ExitCode> {
         Command::Doctor => return commands::doctor::doctor(&config, cli.json).await,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Warnings, or what `DORMOUSE_LOG` asks for (`info`, `dormouse_engine=debug`, …).
-fn log_to_stderr(cli: &Cli) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("DORMOUSE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let log = log.with_ansi(std::io::stderr().is_terminal());
-    if cli.json { log.json().init() } else { log.with_target(false).init() }
 }

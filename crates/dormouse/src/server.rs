@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_models::catalog::{self, Entry};
-use dormouse_server::KnownModel;
+use dormouse_server::{KnownModel, Origins};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -24,6 +24,8 @@ pub struct Server {
     pub running: Running,
     /// Turns that the last process left unfinished and that are being finished now.
     pub recovered_turns: usize,
+    /// Web pages of these may use it.
+    pub origins: Origins,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<io::Result<()>>,
 }
@@ -60,10 +62,12 @@ impl Server {
         })?;
         let address = listener.local_addr()?;
         let url = format!("http://{address}");
+        let origins = Origins::default();
+        origins.set(&config.cors_origins)?;
         let options = dormouse_server::Options {
             api_key: config.api_key.clone(),
             require_key: config.key_needed()?.is_some(),
-            cors_origins: config.cors_origins.clone(),
+            cors_origins: origins.clone(),
             loopback_only: address.ip().is_loopback(),
             known_models: known_models(config)?,
             embedder: running.embedder.clone(),
@@ -78,7 +82,7 @@ impl Server {
             stopped.await.unwrap_or_default();
         }));
         running.store.set_address(url.clone()).await?;
-        Ok(Server { url, running, recovered_turns, stop, serving })
+        Ok(Server { url, running, recovered_turns, origins, stop, serving })
     }
 
     /// Accepts nothing more, stops generating at the next step, commits, and closes the database.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dormouse_grammar::{ConstraintError, Grammar};
 use dormouse_kv::Realm;
 use dormouse_models::TokenId;
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::Sampling;
 
@@ -64,6 +65,19 @@ pub enum Event {
     Finished(Finish),
     /// The last event. The token log holds what was generated.
     Failed(EngineError),
+}
+
+/// Who hears what a turn says, one event at a time and in order, on the engine's task that tells all listeners: so it must not
+/// take long.
+pub trait Listener: Send + Sync {
+    fn hear(&self, event: Event);
+}
+
+/// Nobody receiving is no error: the turn goes on in the background.
+impl Listener for UnboundedSender<Event> {
+    fn hear(&self, event: Event) {
+        let _ = self.send(event);
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -167,6 +181,12 @@ pub enum EngineError {
     Storage(String),
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    /// As every turn that it had.
+    #[error(
+        "the engine met a state that should not exist and was restarted; the turn ended there, and the session holds its \
+         input and what was durable of its answer"
+    )]
+    Restarted,
     #[error("the engine has stopped")]
     Stopped,
 }

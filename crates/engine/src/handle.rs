@@ -1,19 +1,23 @@
 //! [`Engine`]: the handle through which everyone else speaks to the engine thread.
 
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use dormouse_grammar::{Compiler, Grammar, GrammarError, GrammarRequest};
 use dormouse_kernels::Cpu;
-use dormouse_kv::{PagePool, Realm};
+use dormouse_kv::{Limits, PagePool, Realm};
 use dormouse_models::{Model, TokenId};
 use dormouse_store::{Durability, Store};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
-use crate::persist::Persister;
-use crate::worker::{Command, State, Worker};
-use crate::{DraftSource, EngineError, EngineStats, Event, Receipt, TurnSpec};
+use crate::condition::Condition;
+use crate::faults::Faults;
+use crate::outbox::Outbox;
+use crate::supervisor::{Line, Reopen, Supervisor};
+use crate::watchdog;
+use crate::worker::{Command, Parts, Worker};
+use crate::{DraftSource, EngineError, EngineStats, Listener, Receipt, Speculation, TurnSpec};
 
 /// A durable session's hold on a path of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +34,38 @@ pub struct Engine {
     inner: Arc<Inner>,
 }
 
+/// How an engine behaves.
+pub struct EngineOptions {
+    /// Who guesses tokens ahead.
+    pub drafts: DraftSource,
+    /// Opens the page file and its catalog again after the engine thread panicked; without it the engine then stays down.
+    pub reopen: Option<Reopen>,
+    /// A step, or a commit, that lasts longer turns health red.
+    pub stuck_after: Duration,
+    pub faults: Faults,
+}
+
+impl From<DraftSource> for EngineOptions {
+    fn from(drafts: DraftSource) -> EngineOptions {
+        let stuck_after = Duration::from_secs(30);
+        EngineOptions { drafts, reopen: None, stuck_after, faults: Faults::default() }
+    }
+}
+
+impl From<Speculation> for EngineOptions {
+    fn from(speculation: Speculation) -> EngineOptions {
+        DraftSource::from(speculation).into()
+    }
+}
+
+/// How long statistics may take; an engine whose step is stuck answers none.
+const STATS_PATIENCE: Duration = Duration::from_secs(2);
+
 struct Inner {
     model: Arc<Model>,
     page_file: i64,
-    commands: mpsc::Sender<Command>,
-    trouble: Arc<Mutex<Option<String>>>,
+    line: Arc<Line>,
+    condition: Arc<Condition>,
     /// Made when the first answer is to be constrained.
     compiler: OnceLock<Result<Compiler, GrammarError>>,
 }
@@ -42,12 +73,12 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // An engine that is gone already has stopped.
-        let _ = self.commands.send(Command::Shutdown(oneshot::channel().0));
+        let _ = self.line.send(Command::Shutdown(oneshot::channel().0));
     }
 }
 
 impl Engine {
-    /// Starts the engine thread. `page_file` is the catalog's number of the file that `pool` opened.
+    /// Starts the engine thread, and a task of the runtime it is called in that tells turns' listeners. `page_file` is the catalog's number of the file that `pool` opened.
     pub fn start(
         model: Arc<Model>,
         cpu: Cpu,
@@ -55,23 +86,38 @@ impl Engine {
         page_file: i64,
         store: Store,
         durability: Durability,
-        drafts: impl Into<DraftSource>,
+        options: impl Into<EngineOptions>,
     ) -> std::io::Result<Engine> {
-        let drafts = drafts.into();
-        let (commands, inbox) = mpsc::channel();
-        let trouble = Arc::new(Mutex::new(None));
-        let persister = Persister::start(store, durability, commands.clone())?;
-        let inner = Inner { model, page_file, commands, trouble, compiler: OnceLock::new() };
-        let (model, trouble) = (Arc::clone(&inner.model), Arc::clone(&inner.trouble));
-        std::thread::Builder::new().name(format!("dormouse-engine-{}", inner.model.name)).spawn(
-            move || {
-                let notice = Notice(Arc::clone(&trouble));
-                let state = State::default();
-                Worker { model, cpu, pool, page_file, persister, drafts, commands: inbox, trouble, state }
-                    .run();
-                drop(notice);
-            },
-        )?;
+        let EngineOptions { drafts, reopen, stuck_after, faults } = options.into();
+        let condition = Arc::new(Condition::new(stuck_after));
+        let (line, inbox) = Line::new();
+        let line = Arc::new(line);
+        let supervisor = Supervisor {
+            store,
+            durability,
+            reopen,
+            faults: faults.clone(),
+            line: Arc::clone(&line),
+            condition: Arc::clone(&condition),
+        };
+        let persister = supervisor.persister().map_err(std::io::Error::other)?;
+        let name = model.name.clone();
+        watchdog::watch(name.clone(), &condition)?;
+        let inner = Inner {
+            model: Arc::clone(&model),
+            page_file,
+            line,
+            condition: Arc::clone(&condition),
+            compiler: OnceLock::new(),
+        };
+        let stats = EngineStats::default();
+        let (outbox, post) = Outbox::new();
+        tokio::spawn(post.deliver());
+        let parts = Parts { model, cpu, page_file, drafts, stats, limits: None, outbox, stopping: None };
+        let worker = Worker::new(parts, pool, persister, inbox, condition, faults);
+        std::thread::Builder::new()
+            .name(format!("dormouse-engine-{name}"))
+            .spawn(move || supervisor.run(worker))?;
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -93,11 +139,10 @@ impl Engine {
         compiler.as_ref().map_err(GrammarError::clone)?.compile(request)
     }
 
-    /// Runs a turn whose input is already in the durable token log. Its events end with `Finished` or `Failed`.
-    pub fn submit(&self, spec: TurnSpec) -> Result<UnboundedReceiver<Event>, EngineError> {
-        let (events, receiver) = unbounded_channel();
-        self.send(Command::Submit(Box::new(spec), events, Instant::now()))?;
-        Ok(receiver)
+    /// Runs a turn whose input is already in the durable token log. The last that its listener hears is `Finished` or
+    /// `Failed`; it is dropped without where the engine is gone.
+    pub fn submit(&self, spec: TurnSpec, listener: impl Listener + 'static) -> Result<(), EngineError> {
+        self.send(Command::Submit(Box::new(spec), Arc::new(listener), Instant::now()))
     }
 
     /// Ends a turn at the next step; what it generated stays. Unknown turns are ignored.
@@ -134,16 +179,36 @@ impl Engine {
         self.ask(|answer| Command::Resume { realm, log, dry_run, answer }).await
     }
 
+    /// Errors: `Stopped`, also where the engine thread is at something that does not end.
     pub async fn stats(&self) -> Result<EngineStats, EngineError> {
-        self.ask(Command::Stats).await
+        let asked = tokio::time::timeout(STATS_PATIENCE, self.ask(Command::Stats)).await;
+        asked.unwrap_or(Err(EngineError::Stopped))
+    }
+
+    /// What pages may take from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        // A stopped engine takes no more.
+        let _ = self.send(Command::Limit(limits));
+    }
+
+    /// A step, or a commit, that lasts longer turns health red, from now on.
+    pub fn set_stuck_after(&self, limit: Duration) {
+        self.inner.condition.set_stuck_after(limit);
     }
 
     /// Why the engine cannot serve, if it cannot.
     pub fn unhealthy(&self) -> Option<String> {
-        match self.inner.trouble.lock() {
-            Ok(trouble) => trouble.clone(),
-            Err(_) => Some("the engine thread panicked; restart".into()),
-        }
+        self.inner.condition.unhealthy()
+    }
+
+    /// How often the engine thread panicked and was started again.
+    pub fn restarts(&self) -> u64 {
+        self.inner.condition.restarts.load(Ordering::Relaxed)
+    }
+
+    /// How often a step or a commit lasted too long.
+    pub fn stuck(&self) -> u64 {
+        self.inner.condition.stuck.load(Ordering::Relaxed)
     }
 
     /// Stops at the next step and commits what was generated. Running turns end with `Failed(Stopped)`.
@@ -153,24 +218,13 @@ impl Engine {
     }
 
     fn send(&self, command: Command) -> Result<(), EngineError> {
-        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)
+        self.inner.line.send(command)
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
         let (answer, receiver) = oneshot::channel();
         self.send(command(answer))?;
-        receiver.await.map_err(|_| EngineError::Stopped)
-    }
-}
-
-/// Notes the end of the engine thread, however it comes.
-struct Notice(Arc<Mutex<Option<String>>>);
-
-impl Drop for Notice {
-    fn drop(&mut self) {
-        if let Ok(mut trouble) = self.0.lock() {
-            let how = if std::thread::panicking() { "panicked" } else { "stopped" };
-            trouble.get_or_insert_with(|| format!("the engine thread has {how}; restart"));
-        }
+        let gone = |_| if self.inner.line.is_open() { EngineError::Restarted } else { EngineError::Stopped };
+        receiver.await.map_err(gone)
     }
 }

@@ -3,25 +3,34 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod condition;
+mod faults;
 mod handle;
+mod histogram;
 mod ngram;
+mod outbox;
 mod output_text;
 mod persist;
 pub mod sampling;
 mod speculation;
 mod stats;
 mod step_cost;
+mod supervisor;
 mod turn;
+mod watchdog;
 mod worker;
 
 pub use api::{
-    EngineError, Event, Finish, FinishReason, Miss, Priority, Receipt, Tier, TokenLogprob, TokenOutput,
-    TurnSpec,
+    EngineError, Event, Finish, FinishReason, Listener, Miss, Priority, Receipt, Tier, TokenLogprob,
+    TokenOutput, TurnSpec,
 };
 pub use dormouse_grammar::{Grammar, GrammarError, GrammarRequest};
-pub use dormouse_kv::Realm;
-pub use handle::{Claim, Engine};
+pub use dormouse_kv::{Limits, Realm};
+pub use faults::Faults;
+pub use handle::{Claim, Engine, EngineOptions};
+pub use histogram::{Distributions, Histogram};
 pub use output_text::OutputText;
 pub use sampling::Sampling;
 pub use speculation::{DraftSource, Guess, Speculation};
-pub use stats::EngineStats;
+pub use stats::{EngineStats, TierCounts};
+pub use supervisor::Reopen;

@@ -1,12 +1,14 @@
 //! The last step of the loop, on a thread of its own: page bytes to disk, then the transaction that names them.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use dormouse_kv::{PageOut, SyncRange, Ticket};
 use dormouse_store::{Durability, StepCommit, Store, StoreError};
 
 use crate::EngineError;
+use crate::condition::{Condition, Work};
 use crate::worker::Command;
 
 /// One commit on its way to disk.
@@ -36,7 +38,8 @@ pub struct Acknowledgement {
 
 /// What the thread is asked.
 enum Job {
-    Commit(Vec<Commit>),
+    /// And when it was handed over.
+    Commit(Vec<Commit>, Instant),
     PageOut(PageOut),
 }
 
@@ -46,26 +49,33 @@ pub struct Persister {
 }
 
 impl Persister {
+    /// `delay`: a fault that a test asks for, before every commit.
     pub fn start(
         store: Store,
         durability: Durability,
         answers: mpsc::Sender<Command>,
+        condition: Arc<Condition>,
+        delay: Duration,
     ) -> std::io::Result<Persister> {
         // Unbounded, but never holds more than the running turns' commits and one, each has at most one under way, and
         // what has to leave RAM.
         let (jobs, queue) = mpsc::channel();
         let thread = thread::Builder::new().name("dormouse-persist".into()).spawn(move || {
+            let _notice = Notice(answers.clone());
             for job in queue {
-                let group = match job {
-                    Job::Commit(group) => group,
+                let (group, since) = match job {
+                    Job::Commit(group, since) => (group, since),
                     Job::PageOut(out) => {
                         out.carry_out();
                         continue;
                     }
                 };
+                condition.disk.begin(Work::Commit { turns: group.len() });
+                thread::sleep(delay);
                 let outcomes = persist(&store, durability, &group);
+                condition.disk.end();
                 let told = group.into_iter().zip(outcomes).map(|(commit, outcome)| commit.answer(outcome));
-                if answers.send(Command::Persisted(told.collect())).is_err() {
+                if answers.send(Command::Persisted(told.collect(), since.elapsed())).is_err() {
                     return; // the engine is gone, and with it everyone who waits
                 }
             }
@@ -77,8 +87,8 @@ impl Persister {
     /// is gone.
     pub fn send(&self, group: Vec<Commit>) -> Result<(), Vec<Commit>> {
         let Some(jobs) = &self.jobs else { return Err(group) };
-        jobs.send(Job::Commit(group)).map_err(|mpsc::SendError(job)| match job {
-            Job::Commit(group) => group,
+        jobs.send(Job::Commit(group, Instant::now())).map_err(|mpsc::SendError(job)| match job {
+            Job::Commit(group, _) => group,
             Job::PageOut(_) => Vec::new(),
         })
     }
@@ -87,6 +97,18 @@ impl Persister {
     pub fn page_out(&self, out: PageOut) {
         // Without the thread there are no commits either, and whoever needs one hears of it.
         let _ = self.jobs.as_ref().map(|jobs| jobs.send(Job::PageOut(out)));
+    }
+}
+
+/// Tells the engine that the thread panicked: whoever waits for a commit would wait for ever.
+struct Notice(mpsc::Sender<Command>);
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // An engine that is gone waits for nothing.
+            let _ = self.0.send(Command::Broken("the thread that writes commits panicked"));
+        }
     }
 }
 

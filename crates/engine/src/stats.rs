@@ -1,3 +1,6 @@
+use crate::histogram::Distributions;
+use crate::{Receipt, Tier};
+
 /// What one engine counts since its start, and what it holds now.
 #[derive(Clone, Debug, Default)]
 pub struct EngineStats {
@@ -17,7 +20,42 @@ pub struct EngineStats {
     /// Tokens computed although an earlier computation had covered them.
     pub recomputed_tokens: u64,
     pub restored_bytes_read: u64,
+    /// Turns, and their restored tokens, by where their KV came from: `none`, `ram`, `disk`, `device`.
+    pub tiers: [TierCounts; 4],
     pub commits: u64,
     pub commit_failures: u64,
     pub kv: dormouse_kv::Stats,
+    pub distributions: Distributions,
+}
+
+/// Of the turns whose KV came from one tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierCounts {
+    pub turns: u64,
+    pub tokens: u64,
+}
+
+impl Tier {
+    /// In the order of [`EngineStats::tiers`].
+    pub const ALL: [Tier; 4] = [Tier::None, Tier::Ram, Tier::Disk, Tier::Device];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::None => "none",
+            Tier::Ram => "ram",
+            Tier::Disk => "disk",
+            Tier::Device => "device",
+        }
+    }
+}
+
+impl EngineStats {
+    /// A turn left the queue.
+    pub(crate) fn admitted(&mut self, receipt: &Receipt) {
+        self.distributions.queue_seconds.observe(receipt.queue_ms / 1e3);
+        if let Some(at) = Tier::ALL.iter().position(|tier| *tier == receipt.tier) {
+            self.tiers[at].turns += 1;
+            self.tiers[at].tokens += receipt.restored_tokens as u64;
+        }
+    }
 }

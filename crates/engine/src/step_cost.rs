@@ -7,6 +7,9 @@ const ROW_SHARE: f64 = 0.1;
 /// How much variance in the number of rows outweighs that guess.
 const TRUSTED_VARIANCE: f64 = 0.5;
 
+/// A prompt's pace is that of about so many seconds of reading.
+const PACE_SECONDS: f64 = 0.3;
+
 /// The time of steps of few rows as a line: `fixed + rows × row`. Reading the weights is the fixed part; what is
 /// computed for each row, its logits and their sampling included, is the other. The line of least squares over the last
 /// steps, newer ones counting more, drawn towards a first guess while all have the same number of rows: so an estimate
@@ -56,9 +59,48 @@ impl StepCost {
     }
 }
 
+/// How fast prompts are read, learnt from the steps that read them: work per second, in the decoder's measure of it, which
+/// knows how deep in a prompt a row is. Time and work of the last steps, newer ones counting more: a step that the system
+/// disturbed moves it little.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PromptPace {
+    work: f64,
+    seconds: f64,
+}
+
+impl PromptPace {
+    /// So much work took so long.
+    pub fn observe(&mut self, work: f64, seconds: f64) {
+        let seconds = match self.per_second() {
+            0.0 => seconds,
+            pace => seconds.clamp(work / pace / 3.0, work / pace * 3.0),
+        };
+        // By work, not by steps: a whole step of prompt tells more than a few rows beside others.
+        let share = (PACE_SECONDS / (self.seconds + seconds)).min(1.0);
+        self.work = share * (self.work + work);
+        self.seconds = share * (self.seconds + seconds);
+    }
+
+    /// 0 before any was seen.
+    pub fn per_second(&self) -> f64 {
+        if self.seconds == 0.0 { 0.0 } else { self.work / self.seconds }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pace_of_prompts_follows_the_steps_and_outlives_a_disturbance() {
+        let mut pace = PromptPace::default();
+        (0..100).for_each(|_| pace.observe(50.0, 0.005));
+        assert!((pace.per_second() / 10_000.0 - 1.0).abs() < 0.01, "{pace:?}");
+        pace.observe(50.0, 0.5);
+        assert!(pace.per_second() > 9_000.0, "{pace:?}");
+        (0..200).for_each(|_| pace.observe(50.0, 0.010));
+        assert!((pace.per_second() / 5_000.0 - 1.0).abs() < 0.05, "{pace:?}");
+    }
 
     fn after(steps: impl IntoIterator<Item = (usize, f64)>) -> StepCost {
         let mut cost = StepCost::default();

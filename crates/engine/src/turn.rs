@@ -1,16 +1,19 @@
 //! One turn while the engine holds it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dormouse_grammar::Constraint;
 use dormouse_kv::{BlockTable, Ticket};
 use dormouse_models::{Model, Specials, TokenId};
-use tokio::sync::mpsc::UnboundedSender;
 
+use crate::histogram::Distributions;
+use crate::outbox::Outbox;
 use crate::sampling::History;
 use crate::speculation::{DraftSource, Drafter};
 use crate::{
-    EngineError, Event, Finish, FinishReason, OutputText, Receipt, TokenLogprob, TokenOutput, TurnSpec,
+    EngineError, Event, Finish, FinishReason, Listener, OutputText, Receipt, TokenLogprob, TokenOutput,
+    TurnSpec,
 };
 
 /// How long a token waits for a commit at the most. All running turns' gains become durable in one transaction; a turn that
@@ -22,15 +25,19 @@ pub const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
 /// A turn that was submitted and has no pages yet.
 pub struct Waiting {
     pub spec: TurnSpec,
-    pub events: UnboundedSender<Event>,
+    pub listener: Arc<dyn Listener>,
     pub since: Instant,
 }
 
 /// A turn with pages: it computes, or it waits for its last commit.
 pub struct Turn {
     pub spec: TurnSpec,
-    events: UnboundedSender<Event>,
+    listener: Arc<dyn Listener>,
+    /// What it has said that is not yet on its way.
+    said: Vec<Event>,
     since: Instant,
+    /// When the last step told tokens.
+    told: Option<Instant>,
     pub table: BlockTable,
     /// The token log; the tokens from `durable` on are not committed yet.
     pub log: Vec<TokenId>,
@@ -73,7 +80,7 @@ impl Turn {
         table: BlockTable,
         receipt: Receipt,
     ) -> Turn {
-        let Waiting { spec, events, since } = waiting;
+        let Waiting { spec, listener, since } = waiting;
         let (prompt, output) = spec.log.split_at(spec.output_start);
         let history =
             if spec.sampling.uses_history() { History::new(prompt, output) } else { History::default() };
@@ -97,7 +104,9 @@ impl Turn {
             table,
             receipt,
             since,
-            events,
+            told: None,
+            listener,
+            said: Vec::new(),
             spec,
         };
         turn.say(Event::Started(turn.receipt.clone()));
@@ -175,6 +184,25 @@ impl Turn {
         let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
         self.publish(model, token, logprob);
         Some(token)
+    }
+
+    /// Counts the `said` tokens of a step: the time since the last ones is theirs together.
+    pub fn measure(&mut self, said: u64, measured: &mut Distributions) {
+        if said == 0 {
+            return;
+        }
+        let now = Instant::now();
+        match self.told.replace(now) {
+            Some(before) => {
+                let each = (now - before).as_secs_f64() / said as f64;
+                measured.inter_token_seconds.observe_many(each, said);
+            }
+            None if self.log.len() as u64 == self.spec.output_start as u64 + said => {
+                measured.time_to_first_token_seconds.observe(self.receipt.ttft_ms / 1e3);
+            }
+            // Taken up after a crash: its first token came in another life.
+            None => {}
+        }
     }
 
     /// Guesses at the tokens after the log's end: what the grammar leaves no choice about, else what the log suggests and the
@@ -268,7 +296,8 @@ impl Turn {
     }
 
     /// Everything the turn gained is durable (or cannot become so): says how it ended and gives its pages back.
-    pub fn close(mut self) -> BlockTable {
+    pub fn close(mut self, outbox: &mut Outbox) -> BlockTable {
+        self.tell(outbox);
         let last = match self.ending.take().unwrap_or(Ending::Fail(EngineError::Stopped)) {
             Ending::Fail(error) => Event::Failed(error),
             Ending::Finish(reason) => Event::Finished(Finish {
@@ -279,13 +308,16 @@ impl Turn {
                 receipt: self.receipt,
             }),
         };
-        // As in `say`: nobody listening is no error.
-        let _ = self.events.send(last);
+        outbox.put(&self.listener, last);
         self.table
     }
 
-    /// Nobody listening is no error: a background turn goes on, and who left has cancelled by other means.
-    fn say(&self, event: Event) {
-        let _ = self.events.send(event);
+    fn say(&mut self, event: Event) {
+        self.said.push(event);
+    }
+
+    /// Hands over what was said.
+    pub fn tell(&mut self, outbox: &mut Outbox) {
+        self.said.drain(..).for_each(|event| outbox.put(&self.listener, event));
     }
 }

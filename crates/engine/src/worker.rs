@@ -1,30 +1,34 @@
 //! The engine thread: `schedule → forward → sample → publish → persist`, until told to stop.
 
 mod admission;
+mod prompts;
 mod step;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, mpsc};
-use std::time::Instant;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dormouse_kernels::Cpu;
-use dormouse_kv::{PagePool, Realm, Tail};
+use dormouse_kv::{Limits, PagePool, Realm, Tail};
 use dormouse_models::decoder::Activations;
 use dormouse_models::{Model, TokenId};
 use dormouse_store::StepCommit;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use crate::condition::{Condition, Work};
+use crate::faults::Faults;
+use crate::outbox::Outbox;
 use crate::persist::{Acknowledgement, Commit, Persister};
 use crate::speculation::DraftSource;
-use crate::step_cost::StepCost;
+use crate::step_cost::{PromptPace, StepCost};
 use crate::turn::{COMMIT_INTERVAL, COMMIT_TOKENS, Ending, Turn, Waiting};
-use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Miss, Receipt, Tier, TurnSpec};
+use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Listener, Miss, Receipt, Tier, TurnSpec};
 use admission::Paused;
+use step::Slice;
 
 /// What the engine thread is asked.
 pub enum Command {
-    Submit(Box<TurnSpec>, UnboundedSender<Event>, Instant),
+    Submit(Box<TurnSpec>, Arc<dyn Listener>, Instant),
     Cancel(String),
     Claim(Realm, Vec<TokenId>, oneshot::Sender<Result<Claim, EngineError>>),
     Unclaim {
@@ -39,27 +43,48 @@ pub enum Command {
         answer: oneshot::Sender<Receipt>,
     },
     Stats(oneshot::Sender<EngineStats>),
-    /// The outcomes of commits that were handed over together, oldest first.
-    Persisted(Vec<Acknowledgement>),
+    /// What pages may take from now on.
+    Limit(Limits),
+    /// The outcomes of commits that were handed over together, oldest first, and how long they took.
+    Persisted(Vec<Acknowledgement>, Duration),
+    /// A thread that the engine cannot do without has panicked.
+    Broken(&'static str),
     Shutdown(oneshot::Sender<()>),
 }
 
 /// Everything the loop owns. One thread, so nothing here needs a lock.
 pub struct Worker {
+    model: Arc<Model>,
+    cpu: Cpu,
+    pool: PagePool,
+    page_file: i64,
+    persister: Persister,
+    drafts: DraftSource,
+    commands: mpsc::Receiver<Command>,
+    /// What those know who do not wait for this thread.
+    condition: Arc<Condition>,
+    faults: Faults,
+    /// As they were set while the engine ran.
+    limits: Option<Limits>,
+    outbox: Outbox,
+    state: State,
+}
+
+/// What of a worker outlives a panic.
+pub struct Parts {
     pub model: Arc<Model>,
     pub cpu: Cpu,
-    pub pool: PagePool,
     pub page_file: i64,
-    pub persister: Persister,
     pub drafts: DraftSource,
-    pub commands: mpsc::Receiver<Command>,
-    /// Why the engine cannot serve any more, for those who ask about its health.
-    pub trouble: Arc<Mutex<Option<String>>>,
-    pub state: State,
+    pub stats: EngineStats,
+    pub limits: Option<Limits>,
+    pub outbox: Outbox,
+    /// Who waits for the engine's end.
+    pub stopping: Option<oneshot::Sender<()>>,
 }
 
 #[derive(Default)]
-pub struct State {
+struct State {
     queue: VecDeque<Waiting>,
     /// The turns that hold pages, those that have waited longest first.
     running: Vec<Turn>,
@@ -72,43 +97,141 @@ pub struct State {
     /// A commit of removals alone is on its way, or the last one failed.
     removals_in_flight: bool,
     removals_failed: Option<EngineError>,
-    /// Turn that the prefill budget is offered to first, so that it goes round.
-    next_prefill: usize,
-    /// Of steps that are mostly prompt.
-    rows_per_second: f64,
-    /// Of steps that are not.
+    /// Of steps without prompts, and of prompts.
     cost: StepCost,
+    pace: PromptPace,
+    /// A piece of a prompt that is between two layers.
+    chunk: Option<prompts::Chunk>,
     work: Activations,
     stats: EngineStats,
     stopping: Option<oneshot::Sender<()>>,
 }
 
 impl Worker {
-    pub fn run(mut self) {
+    pub fn new(
+        parts: Parts,
+        pool: PagePool,
+        persister: Persister,
+        commands: mpsc::Receiver<Command>,
+        condition: Arc<Condition>,
+        faults: Faults,
+    ) -> Worker {
+        let Parts { model, cpu, page_file, drafts, stats, limits, outbox, stopping } = parts;
+        let state = State { stats, stopping, ..State::default() };
+        Worker {
+            model,
+            cpu,
+            pool,
+            page_file,
+            persister,
+            drafts,
+            commands,
+            condition,
+            faults,
+            limits,
+            outbox,
+            state,
+        }
+    }
+
+    pub fn model_name(&self) -> String {
+        self.model.name.clone()
+    }
+
+    /// Until it is told to stop.
+    pub fn run(&mut self) {
         let mut progress = false;
         loop {
             self.take_commands(progress);
             if self.state.stopping.is_some() && self.state.running.is_empty() && self.removals_are_settled() {
                 break;
             }
+            self.condition.engine.begin(Work::Pages);
             let admitted = self.admit();
+            if admitted {
+                self.tell_listeners();
+            }
             let step = self.schedule();
             if !step.is_empty() {
                 let begun = Instant::now();
+                let rows = step.iter().map(Slice::all_rows).sum();
+                self.condition.engine.begin(Work::Step { rows });
                 self.forward(&step);
+                self.faults.strike(self.state.stats.steps, &self.cpu);
                 self.sample(&step);
-                self.learn(&step, begun.elapsed());
+                self.tell_listeners();
+                let took = begun.elapsed();
+                self.learn(&step, took);
+                self.measure_step(rows, took);
             }
             let persisted = self.persist();
+            self.tell_listeners();
+            self.condition.engine.end();
             progress = admitted || !step.is_empty() || persisted;
         }
-        // Whoever waits for the end may now find the page file closed.
-        let Worker { pool, persister, state, .. } = self;
+    }
+
+    /// Sends off what turns have said.
+    fn tell_listeners(&mut self) {
+        for turn in &mut self.state.running {
+            turn.tell(&mut self.outbox);
+        }
+        self.outbox.send();
+    }
+
+    fn measure_step(&mut self, rows: usize, took: Duration) {
+        let measured = &mut self.state.stats.distributions;
+        measured.step_rows.observe(rows as f64);
+        measured.step_seconds.observe(took.as_secs_f64());
+    }
+
+    /// After [`Worker::run`]: whoever waits for the end finds the page file closed.
+    pub fn close(self) {
+        let Worker { pool, persister, state, mut outbox, .. } = self;
+        outbox.send();
         drop(persister);
         drop(pool);
         if let Some(answer) = state.stopping {
             let _ = answer.send(());
         }
+    }
+
+    /// After a panic: every turn fails, and what was on its way to disk arrives there first, because their ends are read from
+    /// it. The page file is closed; what it held unnamed is lost, as after a crash of the process.
+    pub fn give_up(self) -> Parts {
+        let Worker {
+            model,
+            cpu,
+            pool,
+            page_file,
+            persister,
+            drafts,
+            commands,
+            limits,
+            mut outbox,
+            mut state,
+            ..
+        } = self;
+        drop(persister);
+        let mut fail = |waiting: Waiting| {
+            outbox.put(&waiting.listener, Event::Failed(EngineError::Restarted));
+        };
+        for command in commands.try_iter() {
+            match command {
+                Command::Submit(spec, listener, since) => fail(Waiting { spec: *spec, listener, since }),
+                Command::Shutdown(answer) => state.stopping = Some(answer),
+                // Whoever waits for an answer sees that none comes; claims are counted anew from the catalog.
+                _ => {}
+            }
+        }
+        state.queue.drain(..).for_each(fail);
+        for mut turn in state.running.into_iter().chain(state.paused.into_iter().map(|paused| paused.turn)) {
+            turn.fail_commit(EngineError::Restarted);
+            drop(turn.close(&mut outbox));
+        }
+        outbox.send();
+        drop(pool);
+        Parts { model, cpu, page_file, drafts, stats: state.stats, limits, outbox, stopping: state.stopping }
     }
 
     /// Takes every command that is there. After a round without progress it sleeps for the next one: whatever the
@@ -138,14 +261,20 @@ impl Worker {
     }
 
     fn obey(&mut self, command: Command) {
+        self.condition.engine.begin(Work::Pages);
+        self.carry_out(command);
+        self.condition.engine.end();
+    }
+
+    fn carry_out(&mut self, command: Command) {
         // An answer that nobody waits for any more is no error.
         match command {
-            Command::Submit(spec, events, since) => {
+            Command::Submit(spec, listener, since) => {
                 if self.state.stopping.is_some() {
-                    let _ = events.send(Event::Failed(EngineError::Stopped));
+                    self.outbox.put(&listener, Event::Failed(EngineError::Stopped));
                     return;
                 }
-                let waiting = Waiting { spec: *spec, events, since };
+                let waiting = Waiting { spec: *spec, listener, since };
                 let after =
                     self.state.queue.iter().rposition(|other| other.spec.priority >= waiting.spec.priority);
                 self.state.queue.insert(after.map_or(0, |at| at + 1), waiting);
@@ -178,7 +307,16 @@ impl Worker {
                     ..state.stats.clone()
                 });
             }
-            Command::Persisted(group) => self.acknowledge(group),
+            Command::Limit(limits) => {
+                self.limits = Some(limits);
+                self.pool.set_limits(limits);
+            }
+            Command::Persisted(group, took) => {
+                self.state.stats.distributions.commit_seconds.observe(took.as_secs_f64());
+                self.acknowledge(group);
+            }
+            // What broke there cannot be mended here: the supervisor builds all of it again.
+            Command::Broken(what) => panic!("{what}"),
             Command::Shutdown(answer) => self.stop(answer),
         }
     }
@@ -186,7 +324,7 @@ impl Worker {
     fn stop(&mut self, answer: oneshot::Sender<()>) {
         self.state.stopping = Some(answer);
         for waiting in self.state.queue.drain(..) {
-            let _ = waiting.events.send(Event::Failed(EngineError::Stopped));
+            self.outbox.put(&waiting.listener, Event::Failed(EngineError::Stopped));
         }
         self.end_all_paused(&Ending::Fail(EngineError::Stopped));
         for turn in &mut self.state.running {
@@ -238,10 +376,14 @@ impl Worker {
     fn restore(&mut self, realm: Realm, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
         let begun = Instant::now();
         let attached = self.pool.attach(realm, log);
+        let took = begun.elapsed().as_secs_f64();
+        if attached.restored > 0 {
+            self.state.stats.distributions.restore_seconds.observe(took);
+        }
         let receipt = Receipt {
             restored_tokens: attached.restored,
             tier: tier(attached.restored, attached.from_disk),
-            restore_ms: begun.elapsed().as_secs_f64() * 1e3,
+            restore_ms: took * 1e3,
             bytes_read: attached.bytes_read,
             exact: true,
             miss: (!attached.damaged.is_empty()).then(|| Miss {
@@ -255,11 +397,8 @@ impl Worker {
     }
 
     fn in_trouble(&self, what: String) -> EngineError {
-        if let Ok(mut trouble) = self.trouble.lock()
-            && trouble.is_none()
-        {
+        if self.condition.complain(&what) {
             tracing::error!("{what}");
-            *trouble = Some(what.clone());
         }
         EngineError::Storage(what)
     }
@@ -285,7 +424,7 @@ impl Worker {
             let turn = &self.state.running[index];
             if turn.is_over() {
                 let turn = self.state.running.remove(index);
-                self.pool.release(turn.close());
+                self.pool.release(turn.close(&mut self.outbox));
                 self.state.room += 1;
                 if let Some(out) = self.pool.over_budget() {
                     self.persister.page_out(out);
@@ -330,6 +469,8 @@ impl Worker {
             removed: pending.removed,
             leaf_slot: pending.leaf_slot,
             kv_len: pending.kv_len,
+            bytes_written: pending.bytes + (size_of::<TokenId>() * turn.uncommitted()) as u64,
+            day: today(),
         };
         let turn = Some(turn.spec.turn.clone());
         Some(Commit { ticket: pending.ticket, sync: pending.sync, step, turn })
@@ -372,7 +513,7 @@ impl Worker {
         for (failed, error) in
             group.iter().rev().filter_map(|answer| Some((answer, answer.outcome.as_ref().err()?)))
         {
-            tracing::error!("a commit failed: {error}");
+            tracing::error!(turn = failed.turn, "a commit failed: {error}");
             self.pool.withdraw(failed.ticket);
             self.state.stats.commit_failures += 1;
         }
@@ -394,6 +535,12 @@ impl Worker {
             Err(error) => turn.fail_commit(error),
         }
     }
+}
+
+/// The day, counted since the epoch; a clock that stands before it counts as the first.
+fn today() -> u64 {
+    const DAY_SECONDS: u64 = 24 * 3600;
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / DAY_SECONDS)
 }
 
 fn tier(restored: usize, from_disk: bool) -> Tier {

@@ -108,3 +108,77 @@ async fn turns_go_on_speaking_while_a_long_prompt_is_read() {
     rig.finish(long).await;
     rig.finish(talk).await;
 }
+
+/// Begins a turn of a session "talk" that speaks until it is cancelled, and waits until it does.
+async fn talker(rig: &Rig) -> Running {
+    rig.create("talk").await;
+    let mut talk = rig.begin("talk", 0, &prose(1, 20), &greedy(1500)).await;
+    while talk.said() < 40 {
+        talk.next().await;
+    }
+    talk
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_that_is_read_a_few_layers_at_a_time_has_the_same_pages_and_the_same_answer() {
+    let alone = Rig::new(PLAIN);
+    let prompt = prose(2, 700);
+    let (expected, _) = alone.answer("long", &prompt, &greedy(12)).await;
+    let rig = Rig::new(PLAIN);
+    let talk = talker(&rig).await;
+    let before = rig.engine.stats().await.unwrap().prompt_tokens_computed;
+    let (answer, _) = rig.answer("long", &prompt, &greedy(12)).await;
+    let after = rig.engine.stats().await.unwrap().prompt_tokens_computed;
+    assert_eq!(answer, expected);
+    // Its last row is counted as one that says something.
+    assert_eq!(after - before, 699, "each row once");
+    rig.engine.cancel(&talk.id);
+    rig.finish(talk).await;
+    let pages = rig.pages();
+    let (full, open): (Vec<_>, Vec<_>) =
+        alone.pages().into_iter().partition(|page| page.1.len() == dormouse_kernels::PAGE_TOKENS);
+    assert!(full.len() > 10 && full.iter().all(|page| pages.contains(page)), "the same bytes");
+    assert!(!open.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cancels_a_prompt_between_two_layers_leaves_nothing_behind() {
+    let rig = Rig::new(PLAIN);
+    let talk = talker(&rig).await;
+    rig.create("long").await;
+    let prompt = prose(2, 600);
+    let mut begun = 0;
+    for turn in 0..4 {
+        let long = rig.begin("long", begun, &prompt[begun..], &greedy(4)).await;
+        tokio::time::sleep(std::time::Duration::from_millis(40 + 23 * turn)).await;
+        rig.engine.cancel(&long.id);
+        rig.finish(long).await;
+        begun = 64 * turn as usize;
+    }
+    let long = rig.begin("long", 0, &prompt, &greedy(4)).await;
+    let (answer, _) = rig.finish(long).await;
+    rig.engine.cancel(&talk.id);
+    rig.finish(talk).await;
+    let (expected, _) = Rig::new(PLAIN).answer("long", &prompt, &greedy(4)).await;
+    assert_eq!(answer.tokens, expected.tokens);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_prompt_does_not_wait_for_a_long_one() {
+    let rig = Rig::new(PLAIN);
+    let talk = talker(&rig).await;
+    rig.create("long").await;
+    rig.create("short").await;
+    let mut long = rig.begin("long", 0, &prose(2, 1500), &greedy(4)).await;
+    // It has started.
+    long.next().await;
+    let mut short = rig.begin("short", 0, &prose(3, 30), &greedy(4)).await;
+    while short.said() == 0 {
+        short.next().await;
+    }
+    assert_eq!(long.said(), 0, "the long one is still being read");
+    rig.engine.cancel(&talk.id);
+    for turn in [talk, long, short] {
+        rig.finish(turn).await;
+    }
+}

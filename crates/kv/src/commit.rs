@@ -44,6 +44,8 @@ pub struct PendingCommit {
     pub leaf_slot: Option<u32>,
     /// The table's length.
     pub kv_len: usize,
+    /// Of the positions that the catalog hears of for the first time.
+    pub bytes: u64,
     pub sync: SyncRange,
 }
 
@@ -107,7 +109,9 @@ impl PagePool {
     /// `Poisoned` after a failed sync.
     pub fn commit(&mut self, table: &mut BlockTable, tail: Tail) -> Result<PendingCommit, KvError> {
         self.check_poison()?;
+        let before = self.counters.bytes_committed;
         let rows = self.name_pages(table);
+        let bytes = self.counters.bytes_committed - before;
         let unsynced = self.take_unsynced(table, tail);
         let leaf_slot = table.nodes.last().copied();
         let claim = self.table_claims.get(&table.id).copied();
@@ -117,7 +121,8 @@ impl PagePool {
             self.move_claim(claim.from, claim.to);
         }
         self.evict_ahead();
-        Ok(self.send(rows, unsynced, claim, leaf_slot, table.len))
+        let pending = self.send(rows, unsynced, claim, leaf_slot, table.len);
+        Ok(PendingCommit { bytes, ..pending })
     }
 
     /// A commit of the removals alone; `None` if there are none.
@@ -243,7 +248,7 @@ impl PagePool {
             poisoned: Arc::clone(&self.poisoned),
         };
         self.in_flight.push_back(InFlight { ticket, slots, removed: removed.clone(), claim });
-        PendingCommit { ticket, rows, removed, leaf_slot, kv_len, sync }
+        PendingCommit { ticket, rows, removed, leaf_slot, kv_len, bytes: 0, sync }
     }
 
     fn finish(&mut self, ticket: Ticket) -> Option<InFlight> {

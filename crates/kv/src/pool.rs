@@ -53,6 +53,8 @@ pub struct PagePool {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) evictions: u64,
+    pub(crate) evictions_disk_full: u64,
+    pub(crate) purged: u64,
     pub(crate) copies_on_write: u64,
     pub(crate) deduplicated: u64,
     pub(crate) damaged: u64,
@@ -108,6 +110,10 @@ pub struct Stats {
     pub slot_bytes: u64,
     /// Since the pool was opened, as all counts below.
     pub evictions: u64,
+    /// Of them, those because the disk was full; the others because the quota was.
+    pub evictions_disk_full: u64,
+    /// Pages that went with their session because nobody else used them.
+    pub purged: u64,
     pub copies_on_write: u64,
     pub deduplicated: u64,
     pub damaged: u64,
@@ -165,6 +171,13 @@ impl PagePool {
             }
         }
         Ok((pool, OpenReport { created, ..rebuilt.report }))
+    }
+
+    /// What the pool may take from now on. A file that is larger already is used as it is, but grows no more.
+    pub fn set_limits(&mut self, limits: Limits) {
+        let slot_bytes = self.file.slot_bytes() as u64;
+        self.quota_slots = u32::try_from(limits.quota_bytes / slot_bytes).unwrap_or(u32::MAX);
+        self.ram_slots = limits.ram_bytes.map(|bytes| (bytes / slot_bytes) as usize);
     }
 
     pub fn path(&self) -> &Path {
@@ -307,6 +320,8 @@ impl PagePool {
             slots_awaiting: self.awaiting.len(),
             slot_bytes: self.file.slot_bytes() as u64,
             evictions: self.counters.evictions,
+            evictions_disk_full: self.counters.evictions_disk_full,
+            purged: self.counters.purged,
             copies_on_write: self.counters.copies_on_write,
             deduplicated: self.counters.deduplicated,
             damaged: self.counters.damaged,

@@ -65,6 +65,9 @@ impl PagePool {
             return Err(disk_full.unwrap_or(KvError::Full { needed: count, slots, quota_slots, pinned }));
         }
         let evicted = self.evict_until(count);
+        if disk_full.is_some() {
+            self.counters.evictions_disk_full += evicted as u64;
+        }
         if self.free.len() >= count {
             Ok(())
         } else {
@@ -184,6 +187,7 @@ impl PagePool {
             }
             at = node.parent;
             self.remove_page(slot, at);
+            self.counters.purged += 1;
         }
     }
 

@@ -12,6 +12,27 @@ const MOST_STOPS: usize = 16;
 const MOST_STOP_BYTES: usize = 1024;
 const MOST_BIASES: usize = 4096;
 
+/// Fields that are called the same at every endpoint.
+const COMMON: [&str; 11] = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "ignore_eos",
+];
+
+/// Those fields of a request, and `more`: the rest means something else at its endpoint than in a chat.
+pub fn common(fields: &Fields<'_>, more: &[&str]) -> Map<String, Value> {
+    let names = COMMON.iter().chain(more);
+    names.filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone()))).collect()
+}
+
 /// Reads the sampling fields; `default_seed` serves when the request has no `seed`.
 pub fn parse(fields: &Fields<'_>, default_seed: u64) -> Result<Generation, ApiError> {
     refuse_unsupported(fields)?;

@@ -1,8 +1,9 @@
 //! What every request passes before it reaches a route: a request id, who may ask (Host, Origin, API key, limits), and
 //! errors in one shape.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
@@ -10,8 +11,9 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use dormouse_session::SessionError;
+use dormouse_session::{Exposition, SessionError, in_request};
 use tower_http::cors::{AllowHeaders, AllowOrigin, AllowPrivateNetwork, CorsLayer};
+use tracing::Instrument;
 
 use crate::caller::{is_public, required};
 use crate::error::ApiError;
@@ -19,6 +21,8 @@ use crate::keyring::{Admitted, Keyring};
 use crate::limits::keep_until_sent;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer id of a client is not taken over.
+const MOST_ID_BYTES: usize = 128;
 /// Browsers ask again whether a page may use the server after this long.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(3600);
 
@@ -28,36 +32,119 @@ pub struct Gate {
     /// Requests that name another host than this computer are refused.
     pub loopback_only: bool,
     /// Web pages of these origins may use the server.
-    pub cors_origins: Vec<String>,
+    pub cors_origins: Origins,
+    /// Of all answers.
+    pub counts: Arc<AnswerCounts>,
 }
 
-impl Gate {
-    /// Answers browsers that ask whether a page of another origin may use the server; None where no origin is listed.
-    pub fn cors(&self) -> Result<Option<CorsLayer>, SessionError> {
-        if self.cors_origins.is_empty() {
-            return Ok(None);
-        }
+/// Origins whose web pages may use the server; the list may change while it runs. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Origins(Arc<RwLock<Arc<[HeaderValue]>>>);
+
+impl Origins {
+    /// Errors: one of them cannot be an origin; then the list is as it was.
+    pub fn set(&self, origins: &[String]) -> Result<(), SessionError> {
         let parse = |origin: &String| {
             HeaderValue::from_str(origin).map_err(|_| SessionError::Invalid {
                 param: "cors_origin".into(),
                 message: format!("'{origin}' is no origin; it should look like https://app.example"),
             })
         };
-        let origins = self.cors_origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
-        let layer = CorsLayer::new()
-            .allow_origin(AllowOrigin::list(origins))
+        let origins: Arc<[HeaderValue]> = origins.iter().map(parse).collect::<Result<_, _>>()?;
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = origins;
+        Ok(())
+    }
+
+    /// There is at least one.
+    pub fn are_listed(&self) -> bool {
+        !self.list().is_empty()
+    }
+
+    fn list(&self) -> Arc<[HeaderValue]> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Answers by tenant and status.
+#[derive(Debug, Default)]
+pub struct AnswerCounts(Mutex<BTreeMap<(String, u16), u64>>);
+
+impl AnswerCounts {
+    fn count(&self, tenant: Option<&str>, status: StatusCode) {
+        // Who has no key that counts is nobody's tenant.
+        let key = (tenant.unwrap_or_default().to_owned(), status.as_u16());
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default() += 1;
+    }
+
+    /// As Prometheus text.
+    pub fn text(&self) -> String {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let name = "dormouse_http_requests_total";
+        let mut text = Exposition::default();
+        text.declare(
+            name,
+            "counter",
+            "Answers by tenant and status; without a tenant those that needed no key",
+        );
+        for ((tenant, status), count) in counts {
+            text.sample(name, &[("tenant", &tenant), ("status", &status.to_string())], count);
+        }
+        text.text()
+    }
+}
+
+impl Gate {
+    /// Answers browsers that ask whether a page of another origin may use the server.
+    pub fn cors(&self) -> CorsLayer {
+        let origins = self.cors_origins.clone();
+        CorsLayer::new()
+            .allow_origin(AllowOrigin::predicate(move |origin, _| origins.list().contains(origin)))
             .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
             .allow_headers(AllowHeaders::mirror_request())
             .allow_private_network(AllowPrivateNetwork::yes())
             .expose_headers([REQUEST_ID, header::RETRY_AFTER])
-            .max_age(PREFLIGHT_AGE);
-        Ok(Some(layer))
+            .max_age(PREFLIGHT_AGE)
     }
 }
 
-/// Admits or refuses the request and gives the response its `x-request-id`.
+/// Admits or refuses the request. Whatever is logged and recorded on its way carries the id that the response has as
+/// `x-request-id`: the client's own, where it sent one that can be used.
 pub async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
-    let response = match admit(&gate, &request) {
+    let id = match client_id(request.headers()).map_or_else(new_id, Ok) {
+        Ok(id) => id,
+        Err(error) => return error.into_response(),
+    };
+    // The query may hold anything; the path holds names and ids alone.
+    let (method, path) = (request.method().as_str(), request.uri().path());
+    let span = tracing::info_span!("request", id = %id, method, path);
+    let work = in_request(Arc::clone(&id), answer(gate, request, next)).instrument(span);
+    let mut response = work.await;
+    if let Ok(id) = HeaderValue::try_from(&*id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+/// Letters, digits and a few signs, so that it can be written into a log line as it is.
+fn client_id(headers: &HeaderMap) -> Option<Arc<str>> {
+    let id = headers.get(REQUEST_ID)?.to_str().ok()?;
+    let is_sane = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b':');
+    ((1..=MOST_ID_BYTES).contains(&id.len()) && id.bytes().all(is_sane)).then(|| id.into())
+}
+
+fn new_id() -> Result<Arc<str>, ApiError> {
+    Ok(format!("req_{:016x}", crate::random_u64()?).into())
+}
+
+async fn answer(gate: Arc<Gate>, request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let admitted = admit(&gate, &request);
+    let tenant = match &admitted {
+        Ok(admitted) => admitted.as_ref().map(|admitted| admitted.caller.tenant.0.clone()),
+        // Who is refused for what they ask is known all the same.
+        Err(_) => gate.keyring.admit(request.headers()).ok().map(|admitted| admitted.caller.tenant.0),
+    };
+    let response = match admitted {
         Ok(None) => in_one_shape(next.run(request).await),
         Ok(Some(admitted)) => match admitted.limits().map(|limits| limits.admit(Instant::now())) {
             None => pass(admitted, request, next).await,
@@ -67,7 +154,10 @@ pub async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) 
         },
         Err(error) => error.into_response(),
     };
-    with_request_id(response)
+    gate.counts.count(tenant.as_deref(), response.status());
+    let (status, head_ms) = (response.status().as_u16(), began.elapsed().as_millis() as u64);
+    tracing::info!(tenant, status, head_ms, "answered");
+    response
 }
 
 async fn pass(admitted: Admitted, mut request: Request, next: Next) -> Response {
@@ -81,7 +171,7 @@ fn admit(gate: &Gate, request: &Request) -> Result<Option<Admitted>, ApiError> {
     if gate.loopback_only {
         check_host(headers, request.uri().authority())?;
     }
-    check_origin(headers, request.method(), &gate.cors_origins)?;
+    check_origin(headers, request.method(), &gate.cors_origins.list())?;
     if is_public(path) {
         return Ok(None);
     }
@@ -119,12 +209,12 @@ fn check_host(headers: &HeaderMap, authority: Option<&Authority>) -> Result<(), 
 
 /// Pages of other sites must not change anything, even where browsers send the request without asking first; except those
 /// of `listed` origins.
-fn check_origin(headers: &HeaderMap, method: &Method, listed: &[String]) -> Result<(), ApiError> {
+fn check_origin(headers: &HeaderMap, method: &Method, listed: &[HeaderValue]) -> Result<(), ApiError> {
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return Ok(());
     }
     let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
-    if listed.iter().any(|listed| listed.as_bytes() == origin.as_bytes()) {
+    if listed.contains(origin) {
         return Ok(());
     }
     let authority = origin.to_str().ok().and_then(|text| text.split_once("://")?.1.parse::<Authority>().ok());
@@ -165,19 +255,6 @@ fn in_one_shape(response: Response) -> Response {
         .into_response()
 }
 
-fn with_request_id(mut response: Response) -> Response {
-    match crate::random_u64().and_then(|number| {
-        HeaderValue::try_from(format!("req_{number:016x}"))
-            .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, None, error.to_string()))
-    }) {
-        Ok(id) => {
-            response.headers_mut().insert(REQUEST_ID, id);
-            response
-        }
-        Err(error) => error.into_response(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,10 +281,13 @@ mod tests {
 
     fn anywhere(key: Option<&str>) -> Gate {
         let keyring = Keyring::new(key, key.is_some(), Vec::new());
+        let origins = Origins::default();
+        origins.set(&["https://app.example".into()]).unwrap();
         Gate {
             keyring: Arc::new(keyring),
             loopback_only: false,
-            cors_origins: vec!["https://app.example".into()],
+            cors_origins: origins,
+            counts: Arc::default(),
         }
     }
 

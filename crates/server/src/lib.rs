@@ -11,6 +11,7 @@ mod error;
 mod fields;
 mod generation;
 mod guard;
+mod idle;
 mod keyring;
 mod limits;
 mod messages;
@@ -31,14 +32,16 @@ use axum::{Router, middleware};
 use dormouse_embed::Embedder;
 use dormouse_session::{ModelCard, Runtime, SessionError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::caller::Caller;
-use crate::guard::Gate;
+use crate::guard::{AnswerCounts, Gate};
 use crate::keyring::Keyring;
 
 pub use body::BODY_LIMIT_BYTES;
 pub use error::ApiError;
+pub use guard::Origins;
 pub use routes::KnownModel;
 pub use serve::serve;
 
@@ -52,7 +55,7 @@ pub struct Options {
     /// The listener is bound to a loopback address: requests that name another host are refused.
     pub loopback_only: bool,
     /// Web pages of these origins may use the server, e.g. `https://app.example`.
-    pub cors_origins: Vec<String>,
+    pub cors_origins: Origins,
     /// Answers that may be on their way at once; more are answered 429.
     pub max_running: usize,
     /// Models that could be served but are not, for `GET /v1/models`.
@@ -67,7 +70,7 @@ impl Default for Options {
             api_key: None,
             require_key: false,
             loopback_only: false,
-            cors_origins: Vec::new(),
+            cors_origins: Origins::default(),
             max_running: 256,
             known_models: Vec::new(),
             embedder: None,
@@ -83,6 +86,7 @@ struct Shared {
     max_running: usize,
     known_models: Vec<KnownModel>,
     embedder: Option<Embedder>,
+    counts: Arc<AnswerCounts>,
 }
 
 /// What every route works with: the server, and who asks.
@@ -130,16 +134,18 @@ impl App {
     }
 }
 
-/// All routes over `runtime`. Errors: the keys cannot be read from the database, or an origin is none.
+/// All routes over `runtime`. Errors: the keys cannot be read from the database.
 pub async fn router(runtime: Runtime, options: Options) -> Result<Router, SessionError> {
     let keyring = Keyring::new(options.api_key.as_deref(), options.require_key, runtime.keys().await?);
     let keyring = Arc::new(keyring);
+    let counts = Arc::<AnswerCounts>::default();
     let gate = Gate {
         keyring: Arc::clone(&keyring),
         loopback_only: options.loopback_only,
         cors_origins: options.cors_origins,
+        counts: Arc::clone(&counts),
     };
-    let cors = gate.cors()?;
+    let (origins, cors) = (gate.cors_origins.clone(), gate.cors());
     let shared = Arc::new(Shared {
         runtime,
         keyring,
@@ -147,15 +153,18 @@ pub async fn router(runtime: Runtime, options: Options) -> Result<Router, Sessio
         max_running: options.max_running,
         known_models: options.known_models,
         embedder: options.embedder,
+        counts,
     });
     let router = routes::all()
         .with_state(shared)
         .layer(CatchPanicLayer::custom(routes::panicked))
         .layer(middleware::from_fn_with_state(Arc::new(gate), guard::guard));
-    Ok(match cors {
-        Some(cors) => router.layer(cors),
-        None => router,
-    })
+    let for_pages = router.clone().layer(cors);
+    // Where no origin is listed, nothing is said of origins.
+    Ok(Router::new().fallback_service(tower::service_fn(move |request| {
+        let router = if origins.are_listed() { &for_pages } else { &router };
+        router.clone().oneshot(request)
+    })))
 }
 
 /// Seconds since the epoch.

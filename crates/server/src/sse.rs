@@ -1,12 +1,14 @@
 //! Server-sent events: frames, and a response that stays alive while nothing happens.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use futures::stream::{self, Stream, StreamExt};
+use futures::stream::{self, Stream};
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::error::ApiError;
 
@@ -35,12 +37,26 @@ pub const DONE: &str = "data: [DONE]\n\n";
 
 /// Answers with the frames as they come and a comment whenever none came for [`KEEP_ALIVE`].
 pub fn respond(frames: impl Stream<Item = String> + Send + 'static) -> Response {
-    let kept_alive = stream::unfold(Box::pin(frames), async |mut frames| {
-        match tokio::time::timeout(KEEP_ALIVE, frames.next()).await {
-            Ok(None) => None,
-            Ok(Some(frame)) => Some((Ok::<_, std::convert::Infallible>(frame), frames)),
-            Err(_) => Some((Ok(":\n\n".to_string()), frames)),
+    let mut frames = Box::pin(frames);
+    let mut silence = Box::pin(tokio::time::sleep(KEEP_ALIVE));
+    // Setting the timer back at every frame would cost more than the frame: it looks at the time when it fires.
+    let mut last = Instant::now();
+    let kept_alive = stream::poll_fn(move |context| {
+        if let Poll::Ready(frame) = frames.as_mut().poll_next(context) {
+            last = Instant::now();
+            return Poll::Ready(frame.map(Ok::<_, std::convert::Infallible>));
         }
+        while silence.as_mut().poll(context).is_ready() {
+            let is_silent = last.elapsed() >= KEEP_ALIVE;
+            if is_silent {
+                last = Instant::now();
+            }
+            silence.as_mut().reset(last + KEEP_ALIVE);
+            if is_silent {
+                return Poll::Ready(Some(Ok(":\n\n".to_string())));
+            }
+        }
+        Poll::Pending
     });
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),

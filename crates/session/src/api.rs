@@ -64,6 +64,8 @@ pub struct Session {
     pub tokens: usize,
     pub kv_tokens: usize,
     pub kv_bytes: u64,
+    /// What its turns have written to the disk.
+    pub bytes_written: u64,
     pub turns: usize,
     /// The session and token position this one was forked from.
     pub forked_from: Option<ForkedFrom>,

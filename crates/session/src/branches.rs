@@ -13,6 +13,14 @@ use crate::runtime::{Runtime, detached};
 use crate::turns::PLANNING_ATTEMPTS;
 use crate::{cut, ids};
 
+/// A place in a session's history, as it was found.
+pub(crate) struct Past {
+    pub session: String,
+    pub place: Place,
+    /// Of the conversation up to there (see [`Runtime::chain_of`]), where it must still be that.
+    pub hash: Option<[u8; 32]>,
+}
+
 impl Runtime {
     /// A new session with the history of `session` up to `at` (its end when None; of a busy session, the place where
     /// its running turn begins). It shares every page; nothing is computed.
@@ -39,8 +47,48 @@ impl Runtime {
         Err(overtaken(id))
     }
 
+    /// A hidden session with the history of `past`, its settings what `adapt` makes of the other's, and when it expires; None
+    /// when the past is not there any more: its session was deleted, or rewound and continued otherwise. `param` is the field
+    /// of the request that named the place.
+    pub(crate) async fn fork_past(
+        &self,
+        tenant: &Tenant,
+        past: &Past,
+        param: &'static str,
+        adapt: impl Fn(Settings) -> Result<(Settings, Option<u64>), SessionError>,
+    ) -> Result<Option<String>, SessionError> {
+        let began = Instant::now();
+        for _ in 0..PLANNING_ATTEMPTS {
+            let (history, log) = match self.inner.store.conversation(&past.session).await {
+                Ok(found) => found,
+                Err(StoreError::SessionNotFound(_)) => return Ok(None),
+                Err(why) => return Err(why.into()),
+            };
+            if matches!(past.place, Place::Token(at) if at > log.len()) {
+                return Ok(None);
+            }
+            let (settings, expires_ms) = adapt(decode(&history.settings)?)?;
+            let engine = self.inner.engine_of(&settings)?.clone();
+            let cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&past.place), param)?;
+            if let Some(hash) = past.hash
+                && (cut.partial_item.is_some() || self.chain_of(tenant, &history, cut.items)? != hash)
+            {
+                return Ok(None);
+            }
+            let branch =
+                Branch { history, log, settings, engine, cut, name: None, implicit: true, expires_ms };
+            match self.branch(tenant, branch, began).await {
+                Ok(Some((session, _))) => return Ok(Some(session.id)),
+                Ok(None) => {}
+                Err(SessionError::SessionNotFound(_)) => return Ok(None),
+                Err(why) => return Err(why),
+            }
+        }
+        Err(overtaken(past.session.clone()))
+    }
+
     /// None when the source has moved on since the branch's history was read.
-    pub(crate) async fn branch(
+    async fn branch(
         &self,
         tenant: &Tenant,
         branch: Branch,

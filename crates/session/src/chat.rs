@@ -2,18 +2,17 @@
 //! whole, continued.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use dormouse_engine::Miss;
-use dormouse_store::{Cut, StoreError};
+use dormouse_store::StoreError;
 
 use crate::api::*;
-use crate::branches::Branch;
+use crate::branches::Past;
 use crate::hub::Hub;
-use crate::records::{Settings, decode};
+use crate::ids;
+use crate::records::Settings;
 use crate::runtime::{Runtime, detached};
-use crate::turns::{Known, PLANNING_ATTEMPTS, Start, root_chain};
-use crate::{cut, ids};
+use crate::turns::{Known, Start, root_chain};
 
 /// Where a conversation goes on.
 #[derive(Clone, Debug)]
@@ -159,19 +158,14 @@ impl Runtime {
                 begun => return begun,
             }
         }
-        let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
         let forked = match &whole.base {
-            Some(base) => self.fork_at(tenant, base, expires_ms).await?.map(|id| (id, base)),
+            Some(base) => self.fork_at(tenant, base).await?.map(|id| (id, base)),
             None => None,
         };
-        let (session, start) = match forked {
-            Some((id, base)) => (id, whole.after(Some(base), &start)),
-            None => {
-                let row = self.insert(tenant, None, &whole.settings, expires_ms, true).await?;
-                (row.id, whole.after(None, &start))
-            }
+        let Some((session, base)) = forked else {
+            return self.begin_hidden(tenant, &whole.settings, whole.after(None, &start)).await;
         };
-        match self.begin(tenant, &session, start).await {
+        match self.begin(tenant, &session, whole.after(Some(base), &start)).await {
             Ok(begun) => Ok(begun),
             Err(why) => {
                 // Nobody knows the session yet, so it must not stay.
@@ -183,42 +177,21 @@ impl Runtime {
         }
     }
 
-    /// A session that begins with what `base` held when it was found; None when it does not any more: since then it
-    /// may have been deleted, or rewound and continued otherwise.
-    async fn fork_at(
-        &self,
-        tenant: &Tenant,
-        base: &Base,
-        expires_ms: Option<u64>,
-    ) -> Result<Option<String>, SessionError> {
-        let began = Instant::now();
-        for _ in 0..PLANNING_ATTEMPTS {
-            let (history, log) = match self.inner.store.conversation(&base.session).await {
-                Ok(found) => found,
-                Err(StoreError::SessionNotFound(_)) => return Ok(None),
-                Err(why) => return Err(why.into()),
-            };
-            if log.len() < base.known.tokens {
-                return Ok(None);
-            }
-            // What the conversation was found to begin with is the branch's own.
-            let settings = Settings { own: None, ..decode(&history.settings)? };
-            let engine = self.inner.engine_of(&settings)?.clone();
-            let place = Place::Token(base.known.tokens);
-            let cut: Cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&place), "messages")?;
-            if self.chain_of(tenant, &history, cut.items)? != base.known.hash || cut.partial_item.is_some() {
-                return Ok(None);
-            }
-            let branch =
-                Branch { history, log, settings, engine, cut, name: None, implicit: true, expires_ms };
-            match self.branch(tenant, branch, began).await {
-                Ok(Some((session, _))) => return Ok(Some(session.id)),
-                Ok(None) => {}
-                Err(SessionError::SessionNotFound(_)) => return Ok(None),
-                Err(why) => return Err(why),
-            }
+    /// A session that begins with what `base` held when it was found; None when it does not any more.
+    async fn fork_at(&self, tenant: &Tenant, base: &Base) -> Result<Option<String>, SessionError> {
+        let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
+        let past = Past {
+            session: base.session.clone(),
+            place: Place::Token(base.known.tokens),
+            hash: Some(base.known.hash),
+        };
+        // What the conversation was found to begin with is the branch's own.
+        let adapt = |settings| Ok((Settings { own: None, ..settings }, expires_ms));
+        match self.fork_past(tenant, &past, "messages", adapt).await {
+            // It is written to without end: the conversation begins anew.
+            Err(SessionError::Busy { .. }) => Ok(None),
+            forked => forked,
         }
-        Ok(None)
     }
 
     /// The most leading messages whose tokens a session's log holds, and that place. At least one message stays, to be

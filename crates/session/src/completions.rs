@@ -86,21 +86,10 @@ impl Runtime {
                     gate: first.as_ref().map(|hub| hub.warm()),
                     ..Start::new(Vec::new(), generation)
                 };
-                let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
-                let session = self.insert(tenant, None, &settings, expires_ms, true).await?.id;
-                match self.begin(tenant, &session, start).await {
-                    Ok((hub, stream)) => {
-                        streams.push(stream);
-                        first.get_or_insert(hub);
-                    }
-                    // Dropping those that were begun cancels them.
-                    Err(why) => {
-                        if let Err(left) = self.delete_by_id(&session).await {
-                            tracing::warn!(session, "a session without a turn could not be deleted: {left}");
-                        }
-                        return Err(why);
-                    }
-                }
+                // After an error, dropping those that were begun cancels them.
+                let (hub, stream) = self.begin_hidden(tenant, &settings, start).await?;
+                streams.push(stream);
+                first.get_or_insert(hub);
             }
             completions.push(Completion { tokens, streams });
         }

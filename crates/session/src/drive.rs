@@ -1,12 +1,16 @@
 //! A running turn: from the engine's events to the hub, and at the end into the database.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use dormouse_engine::{Engine, EngineError, Event, FinishReason, Miss, OutputText, Receipt, TurnSpec};
+use dormouse_engine::{
+    Engine, EngineError, Event, Finish, FinishReason, Listener, Miss, OutputText, Receipt, TokenOutput,
+    TurnSpec,
+};
 use dormouse_store::{FinishTurn, StoreError, UpdateSession};
 use serde_json::json;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
+use tracing::{Instrument, Span};
 
 use crate::answers::{self, answer_message, shown};
 use crate::api::*;
@@ -15,6 +19,7 @@ use crate::cut::text_of;
 use crate::hub::Hub;
 use crate::ids;
 use crate::records::{self, KnownItem, TurnRecord, encode, new_event};
+use crate::request;
 use crate::runtime::{Inner, Runtime};
 
 /// How often a turn whose client may leave is looked after.
@@ -41,6 +46,73 @@ pub(crate) struct Run {
     pub adopts_model: bool,
 }
 
+/// Tells a turn's hub what the engine says, and the task that drives the turn only how it ended.
+struct Hearing {
+    hub: Arc<Hub>,
+    engine: Engine,
+    /// The turn says more of its prompt before it is in progress.
+    scores: bool,
+    /// Taken with the last event.
+    rest: Mutex<Option<(Said, oneshot::Sender<Heard>)>>,
+}
+
+/// The output so far: tokens, and the text that they made certain.
+#[derive(Default)]
+struct Said {
+    text: String,
+    tokens: Vec<u32>,
+}
+
+/// All that a turn said, and how it ended.
+type Heard = (Said, Result<Finish, EngineError>);
+
+impl Hearing {
+    fn of(run: &Run, hub: &Arc<Hub>) -> (Hearing, oneshot::Receiver<Heard>) {
+        let (end, heard) = oneshot::channel();
+        let rest = Mutex::new(Some((Said::default(), end)));
+        let scores = run.spec.prompt_logprobs.is_some();
+        (Hearing { hub: Arc::clone(hub), engine: run.engine.clone(), scores, rest }, heard)
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Option<(Said, oneshot::Sender<Heard>)>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn token(&self, output: TokenOutput) {
+        let TokenOutput { index, token, text: delta, logprob } = output;
+        if let Some((said, _)) = self.rest().as_mut() {
+            said.text.push_str(&delta);
+            said.tokens.push(token);
+        }
+        if !delta.is_empty() || logprob.is_some() {
+            self.hub.publish(2 + index as u64, TurnEventBody::Delta { delta, token, logprob });
+        }
+        if self.hub.cancel_when_left && self.hub.is_left() {
+            self.engine.cancel(&self.hub.turn);
+        }
+    }
+
+    fn end(&self, how: Result<Finish, EngineError>) {
+        if let Some((said, end)) = self.rest().take() {
+            // The task is gone only with its runtime.
+            let _ = end.send((said, how));
+        }
+    }
+}
+
+impl Listener for Hearing {
+    fn hear(&self, event: Event) {
+        match event {
+            Event::Started(_) if self.scores => {}
+            Event::Started(_) => self.hub.publish(1, self.hub.in_progress(Vec::new())),
+            Event::Prompt(logprobs) => self.hub.publish(1, self.hub.in_progress(logprobs)),
+            Event::Token(output) => self.token(output),
+            Event::Finished(finish) => self.end(Ok(finish)),
+            Event::Failed(why) => self.end(Err(why)),
+        }
+    }
+}
+
 /// How a turn ended.
 struct End {
     status: TurnStatus,
@@ -65,16 +137,17 @@ impl Runtime {
         ));
         self.inner.add_hub(&hub);
         let (runtime, driven) = (self.clone(), Arc::clone(&hub));
-        tokio::spawn(async move {
+        let driving = async move {
             runtime.run(run, &driven).await;
             runtime.inner.remove_hub(&driven.turn);
             runtime.inner.changed(&driven.session);
             drop(alive);
-        });
+        };
+        tokio::spawn(request::go_on(request::current(), driving).instrument(Span::current()));
         Ok(hub)
     }
 
-    async fn run(&self, mut run: Run, hub: &Hub) {
+    async fn run(&self, mut run: Run, hub: &Arc<Hub>) {
         let end = match self.listen(&mut run, hub).await {
             Ok(end) => end,
             Err(EngineError::Stopped) if self.inner.is_stopping() => return hub.abandon(),
@@ -88,74 +161,43 @@ impl Runtime {
         self.finish(run, end, hub).await;
     }
 
-    /// Passes the engine's events on until the turn ends.
-    async fn listen(&self, run: &mut Run, hub: &Hub) -> Result<End, EngineError> {
+    /// Has the engine run the turn, which tells the hub, and waits for its end.
+    async fn listen(&self, run: &mut Run, hub: &Arc<Hub>) -> Result<End, EngineError> {
         if let Some(mut gate) = run.gate.take() {
             // An error means that the other turn is gone, which opens the gate as well.
             gate.wait_for(|open| *open).await.ok();
         }
-        let mut events = run.engine.submit(run.spec.clone())?;
+        let (listener, end) = Hearing::of(run, hub);
+        run.engine.submit(run.spec.clone(), listener)?;
         if hub.is_cancelled() {
             run.engine.cancel(&hub.turn);
         }
-        let (mut text, mut tokens) = (String::new(), Vec::new());
-        while let Some(event) = self.next_event(&mut events, run, hub).await {
-            match event {
-                Event::Started(_) if run.spec.prompt_logprobs.is_some() => {}
-                Event::Started(_) => hub.publish(1, hub.in_progress(Vec::new())),
-                Event::Prompt(logprobs) => hub.publish(1, hub.in_progress(logprobs)),
-                Event::Token(output) => {
-                    text.push_str(&output.text);
-                    tokens.push(output.token);
-                    if !output.text.is_empty() || output.logprob.is_some() {
-                        let sequence_number = 2 + output.index as u64;
-                        let (token, logprob) = (output.token, output.logprob);
-                        hub.publish(
-                            sequence_number,
-                            TurnEventBody::Delta { delta: output.text, token, logprob },
-                        );
-                    }
-                }
-                Event::Finished(finish) => {
-                    text.push_str(&finish.text);
-                    let status = match finish.reason {
-                        FinishReason::Cancelled => TurnStatus::Cancelled,
-                        FinishReason::Stop | FinishReason::Length => TurnStatus::Completed,
-                    };
-                    return Ok(End {
-                        status,
-                        reason: Some(finish.reason),
-                        error: None,
-                        text,
-                        rest: finish.text,
-                        output: tokens,
-                        receipt: Some(run.explain(finish.receipt)),
-                    });
-                }
-                Event::Failed(why) => return Err(why),
-            }
-        }
-        Err(EngineError::Stopped)
+        let (said, last) = self.wait(end, run, hub).await.ok_or(EngineError::Stopped)?;
+        let finish = last?;
+        let status = match finish.reason {
+            FinishReason::Cancelled => TurnStatus::Cancelled,
+            FinishReason::Stop | FinishReason::Length => TurnStatus::Completed,
+        };
+        Ok(End {
+            status,
+            reason: Some(finish.reason),
+            error: None,
+            text: said.text + &finish.text,
+            rest: finish.text,
+            output: said.tokens,
+            receipt: Some(run.explain(finish.receipt)),
+        })
     }
 
-    /// The next event; meanwhile a turn that nobody waits for any more is cancelled.
-    async fn next_event(
-        &self,
-        events: &mut mpsc::UnboundedReceiver<Event>,
-        run: &Run,
-        hub: &Hub,
-    ) -> Option<Event> {
+    /// What the turn said and how it ended; None when the engine went away. Meanwhile a turn that nobody waits for any more is
+    /// cancelled, also one that says nothing for a while.
+    async fn wait(&self, mut end: oneshot::Receiver<Heard>, run: &Run, hub: &Hub) -> Option<Heard> {
         if !hub.cancel_when_left {
-            return events.recv().await;
+            return end.await.ok();
         }
         loop {
-            match tokio::time::timeout(LEFT_CHECK, events.recv()).await {
-                Ok(event) => {
-                    if hub.is_left() {
-                        run.engine.cancel(&hub.turn);
-                    }
-                    return event;
-                }
+            match tokio::time::timeout(LEFT_CHECK, &mut end).await {
+                Ok(heard) => return heard.ok(),
                 Err(_) if hub.is_left() => run.engine.cancel(&hub.turn),
                 Err(_) => {}
             }
@@ -316,6 +358,7 @@ impl Runtime {
             boundaries.push((run.chain.add(&item.message), log_end));
         }
         let row = self.inner.store.session(&spec.session).await?;
+        self.inner.tenants.count(&row.tenant, &run.engine.model().name, &record.usage);
         let settings = self.inner.settings(&spec.session).await?;
         let expires_ms = match row.implicit {
             true => {

@@ -85,7 +85,7 @@ impl Hub {
         let event = TurnEvent { sequence_number, body };
         state.followers.retain(|follower| follower.tell(&event));
         state.over |= event.body.is_last();
-        if sequence_number > 1 {
+        if sequence_number > 1 && !*self.warm.borrow() {
             self.warm.send_replace(true);
         }
         state.events.push(event);

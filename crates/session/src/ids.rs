@@ -1,5 +1,6 @@
 //! Identifiers and time.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::SessionError;
@@ -27,9 +28,24 @@ pub(crate) fn random_seed() -> Result<u64, SessionError> {
     Ok(u64::from_be_bytes(random) >> 11)
 }
 
+/// How far the clock is wrong, in milliseconds, where a test wants it to be.
+static CLOCK_OFFSET_MS: AtomicI64 = AtomicI64::new(0);
+
+pub(crate) fn shift_clock(seconds: i64) {
+    CLOCK_OFFSET_MS.store(seconds.saturating_mul(1000), Ordering::Relaxed);
+}
+
 /// Milliseconds since the epoch; 0 on a clock that stands before it.
 pub(crate) fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    now.saturating_add_signed(CLOCK_OFFSET_MS.load(Ordering::Relaxed))
+}
+
+/// The day, counted since the epoch, as commits count it.
+pub(crate) fn today() -> u64 {
+    const DAY_SECONDS: u64 = 24 * 3600;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs() / DAY_SECONDS)
 }
 
 /// The seed of choice `index` of a request: choice 0 has the request's own.

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::answers;
 use crate::api::*;
+use crate::request;
 
 /// What a prompt begins with.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -209,6 +210,7 @@ pub(crate) fn session(row: SessionRow, settings: Settings, kv_token_bytes: usize
         tokens: row.log_len,
         kv_tokens: row.kv_len,
         kv_bytes: (row.kv_len * kv_token_bytes) as u64,
+        bytes_written: row.bytes_written,
         turns: row.turns,
         forked_from: settings.forked_from,
         active_turn: row.active_turn,
@@ -266,7 +268,11 @@ pub(crate) fn session_event(row: EventRow) -> Result<SessionEvent, SessionError>
     })
 }
 
-pub(crate) fn new_event(kind: &str, turn: Option<&str>, data: Value) -> NewEvent {
+/// `data` is an object; it also names the request that the event comes from, where one is being answered.
+pub(crate) fn new_event(kind: &str, turn: Option<&str>, mut data: Value) -> NewEvent {
+    if let (Some(fields), Some(request)) = (data.as_object_mut(), request::current()) {
+        fields.insert("request_id".to_owned(), Value::from(&*request));
+    }
     NewEvent { kind: kind.to_owned(), turn: turn.map(str::to_owned), data: data.to_string() }
 }
 

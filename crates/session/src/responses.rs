@@ -1,17 +1,15 @@
 //! Responses: turns with an id of their own, each at the end of a branch that nobody else continues.
 
-use std::time::Instant;
-
 use dormouse_engine::Miss;
-use dormouse_store::{Cut, ResponseRow};
+use dormouse_store::ResponseRow;
 use serde_json::{Map, Value};
 
 use crate::api::*;
-use crate::branches::Branch;
+use crate::branches::Past;
 use crate::draft::Draft;
 use crate::records::{self, Frame, Settings, decode, encode};
 use crate::runtime::{Runtime, detached};
-use crate::turns::{NewResponse, PLANNING_ATTEMPTS, Start};
+use crate::turns::{NewResponse, Start};
 use crate::{cut, ids};
 
 /// How long a response is kept at least, unless it is deleted: OpenAI's thirty days.
@@ -64,14 +62,6 @@ struct Ground {
     model: String,
     /// The session was made for the response.
     is_own: bool,
-}
-
-/// The history that a response goes on from.
-struct Past {
-    session: String,
-    place: Place,
-    /// What the chain of the session's messages must be there, if the place was found by it.
-    hash: Option<[u8; 32]>,
 }
 
 impl Runtime {
@@ -133,18 +123,19 @@ impl Runtime {
         }
         let start = Start { delete_after: !request.store, ..start };
         let settings = self.response_settings(request)?;
+        let follow = |past| self.follow(past, &settings);
         let own = |session| Ground { session, model: settings.model.clone(), is_own: true };
         if let Some(previous) = &request.previous {
             let row = self.response_row(tenant, previous).await?;
             let past = Past { session: row.session, place: Place::Turn(row.turn), hash: None };
-            let Some(session) = self.fork_past(tenant, &past, &settings).await? else {
+            let Some(session) = self.fork_past(tenant, &past, "input", follow).await? else {
                 return Err(SessionError::ResponseNotFound(previous.clone()));
             };
             return Ok((own(session), start));
         }
         // A client that sends its whole history: the tokens of its answers are known.
         if let Some((past, messages)) = self.known_past(tenant, &settings, &request.input).await?
-            && let Some(session) = self.fork_past(tenant, &past, &settings).await?
+            && let Some(session) = self.fork_past(tenant, &past, "input", follow).await?
         {
             let input = request.input[messages..].to_vec();
             return Ok((own(session), Start { input, ..start }));
@@ -246,50 +237,17 @@ impl Runtime {
         Ok(Some((Past { session: base.session, place, hash }, base.messages - before)))
     }
 
-    /// A hidden session of its own with the history of `past`; None when the past is not there any more.
-    async fn fork_past(
-        &self,
-        tenant: &Tenant,
-        past: &Past,
-        wanted: &Settings,
-    ) -> Result<Option<String>, SessionError> {
-        let began = Instant::now();
-        for _ in 0..PLANNING_ATTEMPTS {
-            let (history, log) = match self.inner.store.conversation(&past.session).await.map_err(Into::into)
-            {
-                Ok(found) => found,
-                Err(SessionError::SessionNotFound(_)) => return Ok(None),
-                Err(why) => return Err(why),
-            };
-            if matches!(past.place, Place::Token(at) if at > log.len()) {
-                return Ok(None);
-            }
-            let mut settings: Settings = decode(&history.settings)?;
-            let engine = self.inner.engine_of(wanted)?.clone();
-            let cut: Cut = cut::at(&history, &log, engine.model().tokenizer(), Some(&past.place), "input")?;
-            if let Some(hash) = past.hash
-                && (cut.partial_item.is_some() || self.chain_of(tenant, &history, cut.items)? != hash)
-            {
-                return Ok(None);
-            }
-            if settings.model != wanted.model {
-                self.move_to(&mut settings, &wanted.model)?;
-            }
-            let (instructions, tools) = (wanted.instructions.clone(), wanted.tools.clone());
-            settings.own = Some(Frame { instructions, tools });
-            (settings.ttl_seconds, settings.pinned, settings.seed) = (wanted.ttl_seconds, false, wanted.seed);
-            settings.metadata = Map::new();
-            let expires_ms = settings.expires_ms(ids::now_ms());
-            let branch =
-                Branch { history, log, settings, engine, cut, name: None, implicit: true, expires_ms };
-            match self.branch(tenant, branch, began).await {
-                Ok(Some((session, _))) => return Ok(Some(session.id)),
-                Ok(None) => {}
-                Err(SessionError::SessionNotFound(_)) => return Ok(None),
-                Err(why) => return Err(why),
-            }
+    /// What a response's settings take over from those of the session that it goes on from.
+    fn follow(&self, mut past: Settings, wanted: &Settings) -> Result<(Settings, Option<u64>), SessionError> {
+        if past.model != wanted.model {
+            self.move_to(&mut past, &wanted.model)?;
         }
-        Err(SessionError::Busy { session: past.session.clone(), turn: "(another writer's)".into() })
+        let (instructions, tools) = (wanted.instructions.clone(), wanted.tools.clone());
+        let own = Some(Frame { instructions, tools });
+        let (ttl_seconds, seed) = (wanted.ttl_seconds, wanted.seed);
+        let settings = Settings { own, ttl_seconds, seed, pinned: false, metadata: Map::new(), ..past };
+        let expires_ms = settings.expires_ms(ids::now_ms());
+        Ok((settings, expires_ms))
     }
 
     /// The tokens that the prompt of this response would have.

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dormouse_engine::Engine;
 use dormouse_store::{SessionRow, Store};
 use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, Span};
 
 use crate::api::*;
 use crate::hub::Hub;
 use crate::records::Settings;
-use crate::{ids, records};
+use crate::tenants::TenantCounts;
+use crate::{ids, records, request};
 
 /// How a runtime behaves.
 #[derive(Clone, Debug)]
@@ -21,11 +23,13 @@ pub struct RuntimeOptions {
     pub implicit_ttl_seconds: u64,
     /// Time between two looks for sessions whose time is up.
     pub sweep_seconds: u64,
+    /// The clock of this process goes wrong by as much: a fault that tests ask for.
+    pub clock_offset_seconds: i64,
 }
 
 impl Default for RuntimeOptions {
     fn default() -> RuntimeOptions {
-        RuntimeOptions { implicit_ttl_seconds: 24 * 3600, sweep_seconds: 60 }
+        RuntimeOptions { implicit_ttl_seconds: 24 * 3600, sweep_seconds: 60, clock_offset_seconds: 0 }
     }
 }
 
@@ -42,6 +46,7 @@ pub(crate) struct Inner {
     /// Seconds since the epoch.
     pub started_at: u64,
     pub stopping: AtomicBool,
+    pub tenants: TenantCounts,
     /// Turns that run in this process, by id.
     running: Mutex<HashMap<String, Arc<Hub>>>,
     /// Shared by who begins a turn, from before it is in the database until it is in `running`; alone by who takes up
@@ -59,6 +64,7 @@ pub(crate) struct Inner {
 pub(crate) async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, SessionError>> + Send + 'static,
 ) -> Result<T, SessionError> {
+    let work = request::go_on(request::current(), work).instrument(Span::current());
     let done = tokio::spawn(work).await;
     done.map_err(|why| SessionError::Internal(format!("the operation did not end: {why}")))?
 }
@@ -79,6 +85,7 @@ impl Runtime {
         if engines.is_empty() {
             return Err(SessionError::ModelNotFound("(any)".into(), "none".into()));
         }
+        ids::shift_clock(options.clock_offset_seconds);
         let (alive, ended) = mpsc::channel(1);
         let inner = Inner {
             store,
@@ -86,6 +93,7 @@ impl Runtime {
             options,
             started_at: ids::now_ms() / 1000,
             stopping: AtomicBool::new(false),
+            tenants: TenantCounts::default(),
             running: Mutex::default(),
             unregistered: tokio::sync::RwLock::default(),
             changes: Mutex::default(),

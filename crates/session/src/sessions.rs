@@ -148,17 +148,28 @@ impl Runtime {
         expires_ms: Option<u64>,
         implicit: bool,
     ) -> Result<SessionRow, SessionError> {
-        let data = json!({ "model": settings.model, "name": name, "implicit": implicit });
-        let new = NewSession {
-            id: ids::mint("sess_")?,
-            tenant: tenant.0.clone(),
-            name,
-            implicit,
-            expires_ms,
-            settings: encode(settings)?,
-            events: vec![new_event("session.created", None, data)],
-            now_ms: ids::now_ms(),
-        };
+        let new = new_session(tenant, name, settings, expires_ms, implicit)?;
         Ok(self.inner.store.create_session(new).await?)
     }
+}
+
+/// A session of these settings, to be created.
+pub(crate) fn new_session(
+    tenant: &Tenant,
+    name: Option<String>,
+    settings: &Settings,
+    expires_ms: Option<u64>,
+    implicit: bool,
+) -> Result<NewSession, SessionError> {
+    let data = json!({ "model": settings.model, "name": name, "implicit": implicit });
+    Ok(NewSession {
+        id: ids::mint("sess_")?,
+        tenant: tenant.0.clone(),
+        name,
+        implicit,
+        expires_ms,
+        settings: encode(settings)?,
+        events: vec![new_event("session.created", None, data)],
+        now_ms: ids::now_ms(),
+    })
 }

@@ -6,6 +6,7 @@ use dormouse_engine::{Engine, Grammar, Miss, Priority, Realm, TurnSpec};
 use dormouse_store::{BeginTurn, History, ResponseRow, StoreError};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
+use tracing::Span;
 
 use crate::answers::shown;
 use crate::api::*;
@@ -19,7 +20,9 @@ use crate::realms::realm;
 use crate::records::{self, Frame, KnownItem, Settings, TurnRecord, decode, encode, message, new_event};
 use crate::rendering::Prompt;
 use crate::replay::{replay, replay_text};
+use crate::request;
 use crate::runtime::{Runtime, detached};
+use crate::sessions::new_session;
 use crate::truncation::is_left_out;
 
 /// Plans that another writer overtook before they were carried out; then the session is simply busy.
@@ -236,22 +239,54 @@ impl Runtime {
                 break;
             }
             let plan = self.plan(history, log, start.clone()).await?;
-            let _unregistered = self.inner.unregistered.read().await;
-            let begun = self.inner.store.begin_turn(plan.change.clone()).await;
-            match begun {
-                Err(StoreError::LeaseLost { .. }) => continue,
-                Err(why) => return Err(why.into()),
-                Ok(row) => {
-                    self.inner.changed(session);
-                    // A path in another model's page file is of no use here.
-                    let claim = row.leaf_slot.filter(|_| row.page_file == Some(plan.engine.page_file()));
-                    let cancel_when_left = start.cancel_when_left;
-                    let run = plan.into_run(tenant, row.fence, claim, start);
-                    return self.drive(run, cancel_when_left);
-                }
+            if let Some(hub) = self.carry_out(tenant, plan, start.clone()).await? {
+                return Ok(hub);
             }
         }
         Err(SessionError::Busy { session: session.to_owned(), turn: "(another writer's)".into() })
+    }
+
+    /// A hidden session that begins with this turn; both are there, or neither.
+    pub(crate) async fn begin_hidden(
+        &self,
+        tenant: &Tenant,
+        settings: &Settings,
+        start: Start,
+    ) -> Result<(Arc<Hub>, TurnStream), SessionError> {
+        let expires_ms = Some(ids::now_ms() + self.inner.options.implicit_ttl_seconds * 1000);
+        let new = new_session(tenant, None, settings, expires_ms, true)?;
+        let (runtime, tenant) = (self.clone(), tenant.clone());
+        detached(async move {
+            let _alive = runtime.inner.keep_alive()?;
+            let mut plan = runtime.plan(new.history(), Vec::new(), start.clone()).await?;
+            let session = new.id.clone();
+            plan.change.new = Some(new);
+            let hub = runtime.carry_out(&tenant, plan, start).await?;
+            let hub = hub.ok_or_else(|| SessionError::Internal(format!("another writer found {session}")))?;
+            let events = stream(&hub, None);
+            Ok((hub, events))
+        })
+        .await
+    }
+
+    /// Makes a planned turn durable and runs it; None when another writer was faster.
+    async fn carry_out(
+        &self,
+        tenant: &Tenant,
+        plan: Plan,
+        start: Start,
+    ) -> Result<Option<Arc<Hub>>, SessionError> {
+        let _unregistered = self.inner.unregistered.read().await;
+        let row = match self.inner.store.begin_turn(plan.change.clone()).await {
+            Err(StoreError::LeaseLost { .. }) => return Ok(None),
+            begun => begun?,
+        };
+        self.inner.changed(&row.id);
+        // A path in another model's page file is of no use here.
+        let claim = row.leaf_slot.filter(|_| row.page_file == Some(plan.engine.page_file()));
+        let cancel_when_left = start.cancel_when_left;
+        let run = plan.into_run(tenant, row.fence, claim, start);
+        self.drive(run, cancel_when_left).map(Some)
     }
 
     /// The hash of a session's conversation after its first `items`.
@@ -278,8 +313,12 @@ impl Runtime {
     async fn plan(&self, history: History, log: Vec<u32>, start: Start) -> Result<Plan, SessionError> {
         let settings: Settings = decode(&history.settings)?;
         let engine = self.inner.engine_of(&settings)?.clone();
-        let planned =
-            tokio::task::spawn_blocking(move || Plan::new(engine, settings, history, log, start)).await;
+        let (request, span) = (request::current(), Span::current());
+        let planned = tokio::task::spawn_blocking(move || {
+            let plan = || Plan::new(engine, settings, history, log, start);
+            span.in_scope(|| request::go_on_blocking(request, plan))
+        })
+        .await;
         planned.map_err(|why| SessionError::Internal(format!("planning the turn failed: {why}")))?
     }
 }
@@ -410,6 +449,7 @@ impl Plan {
         });
         let change = BeginTurn {
             session: history.session.id,
+            new: None,
             turn,
             fence: history.session.fence,
             keep_tokens,

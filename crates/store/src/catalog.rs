@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::pages::{PageRow, RemovedPage, StepCommit};
-use crate::{StoreError, sessions, tokens};
+use crate::{StoreError, sessions, tokens, written};
 
 /// Positions of a sealed page (`dormouse_kernels::page::PAGE_TOKENS`): a leaf that goes takes at most these with it.
 const PAGE_TOKENS: usize = 64;
@@ -152,5 +152,6 @@ pub(crate) fn commit_step(db: &Connection, step: &StepCommit) -> Result<(), Stor
     session.kv_len = step.kv_len;
     // Before the removals, so that they see where this session's path ends now.
     sessions::save(db, &session)?;
+    written::count(db, &step.session, step.day, step.bytes_written)?;
     commit_pages(db, step.page_file, &step.pages, &step.removed)
 }

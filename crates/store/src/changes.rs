@@ -3,7 +3,7 @@
 
 use rusqlite::{Connection, params};
 
-use crate::history::{self, ItemRow, NewEvent, TurnRow};
+use crate::history::{self, History, ItemRow, NewEvent, TurnRow};
 use crate::responses::{self, ResponseRow};
 use crate::sessions::{self, SessionRow};
 use crate::{StoreError, boundaries, tokens};
@@ -20,6 +20,26 @@ pub struct NewSession {
     pub settings: String,
     pub events: Vec<NewEvent>,
     pub now_ms: u64,
+}
+
+impl NewSession {
+    /// What a turn is planned on that the session is to be created with.
+    pub fn history(&self) -> History {
+        History { session: self.row(), settings: self.settings.clone(), ..History::default() }
+    }
+
+    fn row(&self) -> SessionRow {
+        SessionRow {
+            id: self.id.clone(),
+            tenant: self.tenant.clone(),
+            name: self.name.clone(),
+            implicit: self.implicit,
+            created_ms: self.now_ms,
+            last_active_ms: self.now_ms,
+            expires_ms: self.expires_ms,
+            ..SessionRow::default()
+        }
+    }
 }
 
 /// Items added to an idle session, or taken out of it, by hand. The log keeps its first `keep_tokens`; the items from
@@ -49,6 +69,8 @@ pub struct Leaf {
 #[derive(Clone, Debug, Default)]
 pub struct BeginTurn {
     pub session: String,
+    /// The session is created with this, its first turn.
+    pub new: Option<NewSession>,
     pub turn: String,
     /// The session's fence when the caller read its history: the turn was planned on that, and is refused with
     /// `LeaseLost` when another writer has been there since.
@@ -100,16 +122,7 @@ pub(crate) fn create(db: &Connection, new: &NewSession) -> Result<SessionRow, St
     if let Some(name) = &new.name {
         sessions::check_name(db, &new.tenant, name, &new.id)?;
     }
-    let mut session = SessionRow {
-        id: new.id.clone(),
-        tenant: new.tenant.clone(),
-        name: new.name.clone(),
-        implicit: new.implicit,
-        created_ms: new.now_ms,
-        last_active_ms: new.now_ms,
-        expires_ms: new.expires_ms,
-        ..SessionRow::default()
-    };
+    let mut session = new.row();
     history::add_events(db, &mut session, &new.events, new.now_ms)?;
     sessions::put_settings(db, &session.id, &new.settings)?;
     sessions::save(db, &session)?;
@@ -118,7 +131,10 @@ pub(crate) fn create(db: &Connection, new: &NewSession) -> Result<SessionRow, St
 
 /// Takes the session's lease for a turn, and makes its input durable. Answers the row with the new fence.
 pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow, StoreError> {
-    let mut session = sessions::load(db, &turn.session)?;
+    let mut session = match &turn.new {
+        Some(new) => create(db, new)?,
+        None => sessions::load(db, &turn.session)?,
+    };
     session.check_idle()?;
     session.check_fence(turn.fence)?;
     if turn.keep_tokens > session.log_len {

@@ -25,6 +25,7 @@ mod sessions;
 mod store;
 mod tokens;
 mod weights;
+mod written;
 
 pub use boundaries::Boundary;
 pub use changes::{BeginTurn, Cut, EditItems, FinishTurn, Leaf, NewSession, UpdateSession};

@@ -41,4 +41,7 @@ pub struct StepCommit {
     pub leaf_slot: Option<u32>,
     /// Positions of the token log whose KV is held by the path that ends at `leaf_slot`.
     pub kv_len: usize,
+    /// What the commit writes, counted for its session and for this day since the epoch.
+    pub bytes_written: u64,
+    pub day: u64,
 }

@@ -5,7 +5,7 @@ use crate::changes::{self, BeginTurn, Cut, EditItems, FinishTurn, Leaf, NewSessi
 use crate::history::{self, EventRow, History, NewEvent};
 use crate::sessions::{self, SessionRow, StatusFilter};
 use crate::weights::{self, WeightsFile};
-use crate::{Store, StoreError, tokens};
+use crate::{Store, StoreError, tokens, written};
 
 /// Sessions by status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -167,6 +167,11 @@ impl Store {
     /// Idle sessions whose time is up.
     pub async fn expired_sessions(&self, now_ms: u64, limit: usize) -> Result<Vec<SessionRow>, StoreError> {
         self.read(move |db| sessions::expired(db, now_ms, limit)).await
+    }
+
+    /// What turns have written on each of the days from `first_day` on, counted since the epoch; days without are left out.
+    pub async fn written_bytes(&self, first_day: u64) -> Result<Vec<(u64, u64)>, StoreError> {
+        self.read(move |db| written::by_day(db, first_day)).await
     }
 
     pub async fn session_counts(&self) -> Result<SessionCounts, StoreError> {

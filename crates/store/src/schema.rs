@@ -136,6 +136,9 @@ CREATE TABLE api_keys (
 ) STRICT, WITHOUT ROWID;
 CREATE UNIQUE INDEX api_key_names ON api_keys (name) WHERE revoked_ms IS NULL;
 ",
+    r"
+ALTER TABLE sessions ADD COLUMN bytes_written INTEGER NOT NULL DEFAULT 0;
+",
 ];
 
 /// Brings the database up to date; a new file gets every table.

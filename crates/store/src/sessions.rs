@@ -33,6 +33,8 @@ pub struct SessionRow {
     /// The slot of the last page of the session's path; derived data, as is `kv_len`.
     pub leaf_slot: Option<u32>,
     pub kv_len: usize,
+    /// What its turns have written; a count that commits keep, not a part of the session's truth.
+    pub bytes_written: u64,
     /// Its last item is an answer that calls tools and waits for their results. Derived data, in rows that are to be shown.
     pub waits: bool,
 }
@@ -89,7 +91,7 @@ const WAITS: &str = "EXISTS (SELECT 1 FROM items WHERE items.session = sessions.
 
 const COLUMNS: &str =
     "id, tenant, name, implicit, created_ms, last_active_ms, expires_ms, fence, active_turn, error,
-    log_len, items, turns, events, page_file, leaf_slot, kv_len, checksum";
+    log_len, items, turns, events, page_file, leaf_slot, kv_len, checksum, bytes_written";
 
 fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
     let session = SessionRow {
@@ -110,7 +112,8 @@ fn parse(row: &Row<'_>) -> Result<SessionRow, StoreError> {
         page_file: row.get(14)?,
         leaf_slot: row.get(15)?,
         kv_len: row.get(16)?,
-        waits: row.get(18)?,
+        bytes_written: row.get(18)?,
+        waits: row.get(19)?,
     };
     if session.checksum() != row.get::<_, u32>(17)? {
         return Err(StoreError::Damaged(format!("the row of session '{}' fails its checksum", session.id)));
@@ -231,7 +234,7 @@ pub(crate) fn counts(db: &Connection) -> Result<(u64, u64, u64), StoreError> {
     )?)
 }
 
-/// Inserts or replaces the session's row. A name of another session is `NameTaken`.
+/// Inserts or replaces the session's row, but for the count of what an existing one has written. A name of another session is `NameTaken`.
 pub(crate) fn save(db: &Connection, session: &SessionRow) -> Result<(), StoreError> {
     let values = params![
         session.id,
@@ -252,10 +255,11 @@ pub(crate) fn save(db: &Connection, session: &SessionRow) -> Result<(), StoreErr
         session.leaf_slot,
         session.kv_len,
         session.checksum(),
+        session.bytes_written,
     ];
     db.prepare_cached(&format!(
         "INSERT INTO sessions ({COLUMNS})
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)
          ON CONFLICT (id) DO UPDATE SET tenant = ?2, name = ?3, implicit = ?4, created_ms = ?5, last_active_ms = ?6,
              expires_ms = ?7, fence = ?8, active_turn = ?9, error = ?10, log_len = ?11, items = ?12, turns = ?13,
              events = ?14, page_file = ?15, leaf_slot = ?16, kv_len = ?17, checksum = ?18"

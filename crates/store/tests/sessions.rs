@@ -204,8 +204,12 @@ async fn removing_pages_moves_the_claims_of_their_sessions_to_what_stays() {
         removed: vec![],
         leaf_slot: Some(3),
         kv_len: 150,
+        bytes_written: 4096,
+        day: 20_000,
     };
     store.commit_steps(vec![step.clone()]).unwrap().remove(0).unwrap();
+    assert_eq!(store.session("s").await.unwrap().bytes_written, 4096);
+    assert_eq!(store.written_bytes(20_000).await.unwrap(), [(20_000, 4096)]);
     assert_eq!(store.claims(file).unwrap(), [(3, 1)]);
     assert_eq!(store.load_pages(file).unwrap(), step.pages);
     // An open tail that grew replaces its row.

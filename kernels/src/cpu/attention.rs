@@ -5,10 +5,12 @@
 //! chain along the positions. That recipe names positions only, so neither the other queries of a batch, nor the cut of
 //! a prompt into chunks, nor the number of threads can change a bit, and all tiers that fuse multiply-adds give the same.
 //!
-//! The queries of a [`Tile`], consecutive rows times the heads that share a KV head, go through a page together. Keys
-//! are stored turned, so that lanes are positions, which makes of both halves one register-blocked product.
+//! The queries of a [`Tile`], rows times the heads that share a KV head, go through a page together: consecutive rows of
+//! one sequence, and rows of all the sequences whose first pages are the same ones. Keys are stored turned, so that
+//! lanes are positions, which makes of both halves one register-blocked product.
 
 mod page_rows;
+mod plan;
 mod product;
 mod softmax;
 mod store;
@@ -16,8 +18,7 @@ mod store;
 mod tests;
 
 use std::cell::RefCell;
-use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::Cpu;
 use super::disjoint::Disjoint;
@@ -25,15 +26,13 @@ use super::isa::dispatch;
 use super::lanes::{LANES, Lanes, sixteen, sixteen_mut};
 use crate::page::{KEY_GROUP, PAGE_TOKENS, PageLayout, PagePtr};
 use page_rows::{Keys, PageRows, Values};
+use plan::{Plan, Task, Tile};
 use product::{Left, multiply};
 use softmax::{Partial, softmax};
 pub use store::store_kv;
 
 /// Positions of one segment: a multiple of the page. Segments of one query may be computed by different threads.
 const SEGMENT: usize = 4 * PAGE_TOKENS;
-/// Queries (rows times heads) of a tile: enough that widening a page is a few per cent of the work, few
-/// enough that their scores of a segment stay in the second-level cache (128 KiB).
-const TILE_STATES: usize = 120;
 /// Register blocks of queries that widen keys and values as they multiply them, rather than once for all. More would
 /// gain where conversions have ports of their own (15 % measured on Zen 4), and lose where they share the multipliers'.
 const FEW_BLOCKS: usize = 3;
@@ -89,10 +88,10 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
     assert_eq!(q.len(), out.len());
     PLAN.with_borrow_mut(|plan| {
         plan.lay_out(&attention, sequences, cpu.pool.threads());
-        let Plan { tiles, tasks, partials } = plan;
+        let Plan { tiles, tasks, rows, partials, .. } = plan;
         // A task writes its own partial results; whoever finishes a tile writes the tile's rows.
         let (partials, out) = (Disjoint::new(partials), Disjoint::new(out));
-        let call = Call { attention: &attention, sequences, q, out, partials };
+        let call = Call { attention: &attention, sequences, rows, q, out, partials };
         let isa = cpu.isa;
         cpu.pool.run(tasks.len(), &|index| {
             let (call, task) = (&call, &tasks[index]);
@@ -101,8 +100,17 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
                 dispatch!(isa, run_task(call: &Call<'_>, tile: &Tile, task: &Task, work: &mut Workspace));
             });
             // Acquire and release: the last task of a tile sees what the others wrote.
-            if tile.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
-                dispatch!(isa, finish_tile(call: &Call<'_>, tile: &Tile));
+            if tile.pending.fetch_sub(1, Ordering::AcqRel) > 1 {
+                return;
+            }
+            dispatch!(isa, finish_tile(call: &Call<'_>, tile: &Tile));
+            let mut state = 0;
+            for member in &tiles[tile.members.clone()] {
+                hand_on(call, tile, state, member);
+                state += member.rows.len() * attention.group();
+                if member.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    dispatch!(isa, finish_tile(call: &Call<'_>, member: &Tile));
+                }
             }
         });
     });
@@ -111,125 +119,11 @@ pub fn attend(cpu: &Cpu, attention: Attention, sequences: &[Sequence<'_>], q: &[
 struct Call<'a> {
     attention: &'a Attention,
     sequences: &'a [Sequence<'a>],
+    /// Of all tiles: rows of the batch.
+    rows: &'a [usize],
     q: &'a [f32],
     out: Disjoint<'a, f32>,
     partials: Disjoint<'a, f32>,
-}
-
-/// Consecutive rows of a sequence and one KV head: the queries that go through the pages together.
-struct Tile {
-    sequence: usize,
-    /// First row, of the sequence's, and how many.
-    first: usize,
-    rows: usize,
-    /// Position of the first row.
-    start: usize,
-    kv_head: usize,
-    /// Where its partial results begin, and how many there are.
-    partial: usize,
-    partials: usize,
-    /// Tasks that have not finished.
-    pending: AtomicUsize,
-}
-
-/// A run of segments of a tile.
-struct Task {
-    tile: usize,
-    segments: Range<usize>,
-    /// Where its partial results begin.
-    partial: usize,
-    /// Whether it is the tile's only task, and so can merge as it goes into one partial result.
-    whole: bool,
-}
-
-/// How a call is shared out. Kept by the calling thread from one call to the next.
-#[derive(Default)]
-struct Plan {
-    tiles: Vec<Tile>,
-    tasks: Vec<Task>,
-    partials: Vec<f32>,
-}
-
-thread_local! {
-    static PLAN: RefCell<Plan> = RefCell::default();
-    static WORKSPACE: RefCell<Workspace> = RefCell::default();
-}
-
-impl Plan {
-    fn lay_out(&mut self, attention: &Attention, sequences: &[Sequence<'_>], threads: usize) {
-        let (group, stride) = (attention.group(), attention.stride());
-        self.tiles.clear();
-        self.tasks.clear();
-        for (index, sequence) in sequences.iter().enumerate() {
-            // Rows in equal parts: a tile costs its pages' widening whatever it holds.
-            let tiles = sequence.rows.div_ceil((TILE_STATES / group).max(1));
-            for tile in 0..tiles {
-                let (first, end) = (tile * sequence.rows / tiles, (tile + 1) * sequence.rows / tiles);
-                for kv_head in 0..attention.layout.kv_heads {
-                    self.tiles.push(Tile {
-                        sequence: index,
-                        first,
-                        rows: end - first,
-                        start: sequence.start + first,
-                        kv_head,
-                        partial: 0,
-                        partials: 0,
-                        pending: AtomicUsize::new(0),
-                    });
-                }
-            }
-        }
-        let segments: usize = self.tiles.iter().map(|tile| tile.segments(attention).len()).sum();
-        // Eight tasks a thread even out what threads are given; more would only cost.
-        let segments_a_task = segments.div_ceil(8 * threads).max(1);
-        let mut numbers = 0;
-        for (index, tile) in self.tiles.iter_mut().enumerate() {
-            let segments = tile.segments(attention);
-            let tasks = segments.len().div_ceil(segments_a_task);
-            let partial_len = Partial::len(tile.rows * group, stride);
-            tile.partial = numbers;
-            tile.partials = if tasks == 1 { 1 } else { segments.len() };
-            tile.pending = AtomicUsize::new(tasks);
-            for task in 0..tasks {
-                let (first, end) = (task * segments.len() / tasks, (task + 1) * segments.len() / tasks);
-                self.tasks.push(Task {
-                    tile: index,
-                    segments: segments.start + first..segments.start + end,
-                    partial: tile.partial + first * partial_len,
-                    whole: tasks == 1,
-                });
-            }
-            numbers += tile.partials * partial_len;
-        }
-        if self.partials.len() < numbers {
-            self.partials.resize(numbers, 0.0);
-        }
-    }
-}
-
-impl Tile {
-    /// Position of the last row.
-    fn last(&self) -> usize {
-        self.start + self.rows - 1
-    }
-
-    /// The segments that any of its queries sees.
-    fn segments(&self, attention: &Attention) -> Range<usize> {
-        attention.first_position(self.start) / SEGMENT..self.last() / SEGMENT + 1
-    }
-
-    /// The rows that see any of `positions`.
-    fn rows_that_see(&self, attention: &Attention, positions: Range<usize>) -> Range<usize> {
-        let first = positions.start.saturating_sub(self.start).min(self.rows);
-        let end = match attention.window {
-            None => self.rows,
-            // The last query to see the last of the positions is `window − 1` further on.
-            Some(window) => {
-                (positions.end - 1).saturating_add(window).saturating_sub(self.start).min(self.rows)
-            }
-        };
-        first..end.max(first)
-    }
 }
 
 /// One thread's scratch.
@@ -246,7 +140,7 @@ struct Workspace {
 #[inline(always)]
 fn run_task<L: Lanes>(call: &Call<'_>, tile: &Tile, task: &Task, work: &mut Workspace) {
     let attention = call.attention;
-    let (stride, states) = (attention.stride(), tile.rows * attention.group());
+    let (stride, states) = (attention.stride(), tile.rows.len() * attention.group());
     let partial_len = Partial::len(states, stride);
     load_queries(call, tile, &mut work.queries);
     if work.scores.len() < states * SCORES_STRIDE {
@@ -274,7 +168,7 @@ fn load_queries(call: &Call<'_>, tile: &Tile, queries: &mut Vec<f32>) {
     let (head_dim, group) = (attention.layout.head_dim, attention.group());
     let scale = attention.soft_cap.map_or(attention.scale, |cap| attention.scale / cap);
     queries.clear();
-    for row in 0..tile.rows {
+    for row in 0..tile.rows.len() {
         let heads = call.heads_of(tile, row);
         queries.extend(call.q[heads * head_dim..][..group * head_dim].iter().map(|q| q * scale));
     }
@@ -293,7 +187,7 @@ fn run_segment<L: Lanes>(
     let attention = call.attention;
     let layout = &attention.layout;
     let (head_dim, stride, group) = (layout.head_dim, attention.stride(), attention.group());
-    let states = tile.rows * group;
+    let states = tile.rows.len() * group;
     let few = states <= FEW_BLOCKS * L::QUERIES;
     let first = segment * SEGMENT;
     let pages = first.max(attention.first_position(tile.start)) / PAGE_TOKENS
@@ -331,7 +225,7 @@ fn run_segment<L: Lanes>(
 
     // Weights.
     let (begin, end) = (pages.start * PAGE_TOKENS - first, pages.end * PAGE_TOKENS - first);
-    for row in 0..tile.rows {
+    for row in 0..tile.rows.len() {
         let position = tile.start + row;
         let from = attention.first_position(position).saturating_sub(first).clamp(begin, end);
         let to = (position + 1).saturating_sub(first).clamp(from, end);
@@ -382,12 +276,25 @@ fn run_segment<L: Lanes>(
     }
 }
 
-/// Merges a tile's partial results, in order, and writes its rows.
+/// Gives a tile whose first positions were computed together with others' what came of them: the group's states from
+/// `state` on are the tile's.
+fn hand_on(call: &Call<'_>, group: &Tile, state: usize, tile: &Tile) {
+    let (stride, heads) = (call.attention.stride(), call.attention.group());
+    let (all, states) = (group.rows.len() * heads, tile.rows.len() * heads);
+    let len = |states| Partial::len(states, stride);
+    let from = Partial::over(call.partials.part(group.partial..group.partial + len(all)), all);
+    let to = Partial::over(call.partials.part(tile.partial..tile.partial + len(states)), states);
+    to.maxima[..states].copy_from_slice(&from.maxima[state..state + states]);
+    to.sums[..states].copy_from_slice(&from.sums[state..state + states]);
+    to.values.copy_from_slice(&from.values[state * stride..(state + states) * stride]);
+}
+
+/// Merges a tile's partial results, in order, and writes its rows, if these are all that they see.
 #[inline(always)]
 fn finish_tile<L: Lanes>(call: &Call<'_>, tile: &Tile) {
     let attention = call.attention;
     let (head_dim, stride, group) = (attention.layout.head_dim, attention.stride(), attention.group());
-    let states = tile.rows * group;
+    let states = tile.rows.len() * group;
     let partial_len = Partial::len(states, stride);
     let memory = call.partials.part(tile.partial..tile.partial + tile.partials * partial_len);
     let (first, others) = memory.split_at_mut(partial_len);
@@ -395,7 +302,10 @@ fn finish_tile<L: Lanes>(call: &Call<'_>, tile: &Tile) {
     for next in others.chunks_exact_mut(partial_len) {
         total.merge::<L>(&Partial::over(next, states), stride);
     }
-    for row in 0..tile.rows {
+    if !tile.members.is_empty() {
+        return;
+    }
+    for row in 0..tile.rows.len() {
         let at = call.heads_of(tile, row) * head_dim;
         let out = call.out.part(at..at + group * head_dim);
         for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
@@ -421,7 +331,6 @@ fn finish_tile<L: Lanes>(call: &Call<'_>, tile: &Tile) {
 impl Call<'_> {
     /// The first query head of a tile's group in one of its rows, counted through the batch.
     fn heads_of(&self, tile: &Tile, row: usize) -> usize {
-        let row = self.sequences[tile.sequence].first_row + tile.first + row;
-        row * self.attention.heads + tile.kv_head * self.attention.group()
+        self.rows[tile.rows.start + row] * self.attention.heads + tile.kv_head * self.attention.group()
     }
 }

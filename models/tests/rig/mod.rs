@@ -5,7 +5,7 @@
 
 use dormouse_kernels::cpu::attention::Sequence;
 use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS, PagePtr};
-use dormouse_models::decoder::{Activations, Batch, Decoder};
+use dormouse_models::decoder::{Activations, Batch, Chunk, Decoder};
 
 /// One sequence of one decoder.
 pub struct Rig<'a> {
@@ -48,10 +48,48 @@ impl<'a> Rig<'a> {
         self.work.logits_mut().to_vec()
     }
 
-    fn forward(&mut self, cpu: &Cpu, tokens: &[u32], logit_rows: &[usize]) {
+    /// Appends `tokens` to `other`, some layers at a time and together with a token of this sequence at each: to the
+    /// layers `ends`, the last of which is the last there is. The logits of every one of this sequence's rows, then
+    /// those of `other`'s.
+    pub fn append_beside(
+        &mut self,
+        cpu: &Cpu,
+        own: &[u32],
+        (other, tokens): (&mut Rig<'_>, &[u32]),
+        ends: &[usize],
+    ) -> Vec<Vec<f32>> {
+        let layout = self.decoder.page_layout(self.dtype);
+        let (pages, others) = (self.pages(), other.pages());
+        let (mut logits, mut hidden, mut begin) = (Vec::new(), Vec::new(), 0);
+        for (at, end) in ends.iter().enumerate() {
+            let row = own.get(at..at + 1).unwrap_or_default();
+            let all = [row, tokens].concat();
+            let sequences = [
+                Sequence { pages: &pages, first_row: 0, rows: row.len(), start: self.len },
+                Sequence { pages: &others, first_row: row.len(), rows: tokens.len(), start: other.len },
+            ];
+            let is_last = at + 1 == ends.len();
+            let wanted: Vec<usize> = (0..if is_last { all.len() } else { row.len() }).collect();
+            let sequences = &sequences[usize::from(row.is_empty())..];
+            let batch = Batch { tokens: &all, sequences, logit_rows: &wanted };
+            let chunk = Chunk { layers: begin..*end, hidden: &mut hidden };
+            self.decoder.forward_with_chunk(cpu, &layout, &batch, chunk, &mut self.work);
+            let vocab = self.decoder.config().vocab;
+            logits.extend(self.work.logits_mut().chunks(vocab).map(<[f32]>::to_vec));
+            self.len += row.len();
+            begin = *end;
+        }
+        other.len += tokens.len();
+        logits
+    }
+
+    fn pages(&mut self) -> Vec<PagePtr> {
         // SAFETY: the vectors hold a page each and are not touched until the pointers are gone.
-        let pages: Vec<PagePtr> =
-            self.memory.iter_mut().map(|page| unsafe { PagePtr::new(page.as_mut_ptr().cast()) }).collect();
+        self.memory.iter_mut().map(|page| unsafe { PagePtr::new(page.as_mut_ptr().cast()) }).collect()
+    }
+
+    fn forward(&mut self, cpu: &Cpu, tokens: &[u32], logit_rows: &[usize]) {
+        let pages = self.pages();
         let sequence = Sequence { pages: &pages, first_row: 0, rows: tokens.len(), start: self.len };
         let batch = Batch { tokens, sequences: &[sequence], logit_rows };
         self.decoder.forward(cpu, &self.decoder.page_layout(self.dtype), &batch, &mut self.work);

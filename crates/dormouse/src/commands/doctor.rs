@@ -143,6 +143,11 @@ async fn look_at_data(config: &Config, findings: &mut Findings) -> Result<()> {
     found.into_iter().for_each(|text| findings.problem(format!("database: {text}")));
     let counts = store.session_counts().await?;
     findings.fact("sessions", counts.idle + counts.in_progress + counts.failed);
+    let today = store.written_bytes(0).await?;
+    let written = |days: &[(u64, u64)]| Bytes(days.iter().map(|(_, bytes)| bytes).sum()).to_string();
+    // Days without work are not listed.
+    findings.fact("written_on_the_last_day", written(&today[today.len().saturating_sub(1)..]));
+    findings.fact("written_in_all", written(&today));
     findings.fact("unfinished_turns", store.interrupted_turns().await?.len());
     look_at_pages(config, &store, findings).await?;
     store.close().await?;

@@ -1,5 +1,7 @@
 //! `dormouse serve`: the server, until it is told to stop.
 
+use std::io::IsTerminal;
+
 use anyhow::{Context, Result};
 use dormouse_kernels::Isa;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -7,39 +9,66 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::keys;
 use crate::assemble::open_store;
 use crate::cli::ServeArguments;
-use crate::config::Config;
+use crate::config::{Config, Settings};
+use crate::log::Log;
 use crate::output::outln;
+use crate::reload::reload;
 use crate::server::Server;
 use crate::sizes::Bytes;
 use crate::weights;
 
-pub async fn serve(config: &Config, arguments: ServeArguments) -> Result<()> {
-    let mut signals = Signals::listen()?;
+/// `settings`: what the command line says, for when the file is read again.
+pub async fn serve(
+    mut config: Config,
+    settings: &Settings,
+    arguments: ServeArguments,
+    log: &Log,
+) -> Result<()> {
+    let (mut signals, mut hangup) = (Signals::listen()?, listen(SignalKind::hangup())?);
     if config.api_key.is_none() && config.key_needed()?.is_some() {
         // Before anything is downloaded for a server that will not start.
-        let store = open_store(config)?;
-        let checked = keys::check_there_is_one(config, &store).await;
+        let store = open_store(&config)?;
+        let checked = keys::check_there_is_one(&config, &store).await;
         store.close().await?;
         checked?;
     }
     let starting = async {
-        let models = weights::choose(config, arguments.yes).await?;
-        let embedding = weights::choose_embedding(config, arguments.yes).await?;
-        Server::start(config, models, embedding).await
+        let models = weights::choose(&config, arguments.yes).await?;
+        let embedding = weights::choose_embedding(&config, arguments.yes).await?;
+        Server::start(&config, models, embedding).await
     };
     let server = tokio::select! {
         server = starting => server?,
         // What a download or a check has done so far is kept, or done again: nothing is half written.
         () = signals.stop() => return Ok(()),
     };
-    describe(config, &server).await?;
+    describe(&config, &server).await?;
     outln!("ready {}", server.url);
-    signals.stop().await;
+    loop {
+        tokio::select! {
+            () = signals.stop() => break,
+            _ = hangup.recv() => {
+                if std::io::stderr().is_terminal() {
+                    // The terminal was closed, and with it goes what was started there.
+                    break;
+                }
+                let read = Config::resolve(settings).and_then(|new| reload(&config, new, &server, log));
+                match read {
+                    Ok(new) => config = new,
+                    Err(why) => tracing::error!("the settings stay as they are: {why:#}"),
+                }
+            }
+        }
+    }
     tokio::select! {
         stopped = server.stop() => stopped,
         // A second signal is someone who will not wait; nothing acknowledged is lost by ending here.
         () = signals.stop() => std::process::exit(1),
     }
+}
+
+fn listen(kind: SignalKind) -> Result<Signal> {
+    signal(kind).context("cannot listen for signals")
 }
 
 /// SIGTERM and SIGINT.
@@ -50,7 +79,6 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Signals> {
-        let listen = |kind| signal(kind).context("cannot listen for signals");
         Ok(Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,

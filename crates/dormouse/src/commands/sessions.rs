@@ -97,7 +97,7 @@ async fn list(client: &Client, implicit: bool, as_json: bool) -> Result<()> {
     if as_json {
         return print_json(&sessions);
     }
-    let rows: Vec<[String; 7]> = sessions
+    let rows: Vec<[String; 8]> = sessions
         .iter()
         .map(|session| {
             [
@@ -107,11 +107,12 @@ async fn list(client: &Client, implicit: bool, as_json: bool) -> Result<()> {
                 number(&session["turns"]).to_string(),
                 number(&session["tokens"]).to_string(),
                 Bytes(number(&session["kv_bytes"])).to_string(),
+                Bytes(number(&session["bytes_written"])).to_string(),
                 ago(number(&session["last_active_at"])),
             ]
         })
         .collect();
-    print_table(["NAME", "ID", "STATUS", "TURNS", "TOKENS", "KV", "LAST USED"], &rows)
+    print_table(["NAME", "ID", "STATUS", "TURNS", "TOKENS", "KV", "WRITTEN", "LAST USED"], &rows)
 }
 
 async fn show(client: &Client, session: &str, as_json: bool) -> Result<()> {

@@ -24,13 +24,15 @@ impl Worker {
     pub(super) fn admit(&mut self) -> bool {
         let mut admitted = self.go_on();
         while self.state.paused.is_empty() && self.state.running.len() < RUNNING_MOST {
-            let Some(waiting) = self.next_waiting().and_then(|at| self.state.queue.remove(at)) else { break };
+            let Some(waiting) = self.next_waiting().and_then(|at| self.state.queue.remove(at)) else {
+                break;
+            };
             admitted = true;
             let spec = &waiting.spec;
             if spec.log.is_empty() || spec.log.len() > self.model.context() {
                 let error =
                     EngineError::ContextOverflow { tokens: spec.log.len(), context: self.model.context() };
-                let _ = waiting.events.send(Event::Failed(error));
+                self.outbox.put(&waiting.listener, Event::Failed(error));
                 continue;
             }
             let queue_ms = waiting.since.elapsed().as_secs_f64() * 1e3;
@@ -56,6 +58,7 @@ impl Worker {
             stats.restored_tokens += receipt.restored_tokens as u64;
             stats.recomputed_tokens += receipt.recomputed_tokens as u64;
             stats.restored_bytes_read += receipt.bytes_read;
+            stats.admitted(&receipt);
             let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
             self.run_turn(turn);
         }
@@ -97,6 +100,7 @@ impl Worker {
     /// Takes a turn's pages, which are durable, for others.
     pub(super) fn pause(&mut self, index: usize) {
         let mut turn = self.state.running.remove(index);
+        self.state.chunk.take_if(|chunk| chunk.belongs_to(&turn));
         self.pool.truncate(&mut turn.table, 0);
         turn.pause();
         tracing::debug!(turn = turn.spec.turn, "paused: its pages are needed");

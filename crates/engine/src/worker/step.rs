@@ -1,47 +1,44 @@
 //! One step: which rows it computes, the forward pass, and the tokens that come of it.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use dormouse_kernels::PAGE_TOKENS;
 use dormouse_kernels::PagePtr;
 use dormouse_kernels::cpu::attention::Sequence;
 use dormouse_kv::KvError;
-use dormouse_models::decoder::Batch;
+use dormouse_models::decoder::{Batch, Chunk};
 
 use super::Worker;
 use crate::EngineError;
 use crate::speculation::DRAFT_MOST;
 use crate::turn::{Ending, Turn};
 
-/// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
-const STEP_SECONDS: f64 = 0.2;
-/// Where turns decode, prompts may take as long as they do: nobody's next word comes later than after twice the usual time.
-const PROMPT_SHARE: f64 = 1.0;
-/// Then a prompt gets at least so many rows: deep in a long one, a row takes milliseconds of attention.
-const PROMPT_ROWS_LEAST: usize = 4;
-/// How much of what it knew of a prompt's pace a new step replaces.
-const PACE_RATE: f64 = 0.3;
-const STEP_ROWS_LEAST: usize = 16;
-const STEP_ROWS_MOST: usize = 256;
-/// Prompt rows of a turn in a step where the logits of each are wanted: of large vocabularies each takes half a megabyte.
-const SCORED_ROWS_MOST: usize = 32;
-
 /// The rows of one turn in a step.
 pub(super) struct Slice {
-    turn: usize,
+    pub turn: usize,
     /// Rows whose tokens are the log's next ones.
-    rows: usize,
+    pub rows: usize,
     /// Rows of guessed tokens after them.
-    draft: usize,
+    pub draft: usize,
     /// Of `rows`, the first ones: their logits tell the log-probability of the prompt tokens after them.
-    scored: usize,
+    pub scored: usize,
     /// The last of `rows` is the last token of the turn's log: its logits are wanted, and those of the guesses.
-    samples: bool,
+    pub samples: bool,
+    /// The layers that the rows go through: not all of them, for one piece of a prompt.
+    pub layers: Range<usize>,
+    /// What reading this piece of a prompt takes, in the decoder's measure; 0 where a turn decodes.
+    pub work: f64,
 }
 
 impl Slice {
-    fn all_rows(&self) -> usize {
+    pub(super) fn all_rows(&self) -> usize {
         self.rows + self.draft
+    }
+
+    /// A step goes through only some of the model's layers with it.
+    pub fn is_chunk(&self, layers: usize) -> bool {
+        self.layers != (0..layers)
     }
 
     /// The rows at the end whose logits choose tokens.
@@ -56,45 +53,29 @@ impl Slice {
 
 impl Worker {
     /// Chooses the rows of the next step and reserves room for them: one row of every turn that decodes, guesses at
-    /// what follows, then pieces of prompts, in turn, up to the step's budget.
+    /// what follows, then pieces of prompts.
     pub(super) fn schedule(&mut self) -> Vec<Slice> {
         let count = self.state.running.len();
         let mut step = Vec::with_capacity(count);
         for index in 0..count {
             let turn = &self.state.running[index];
             if !turn.gives_up_pages() && turn.pending() == 1 && self.reserve(index, 1) {
-                step.push(Slice { turn: index, rows: 1, draft: 0, scored: 0, samples: true });
+                let layers = 0..self.model.decoder().config().layers;
+                step.push(Slice {
+                    turn: index,
+                    rows: 1,
+                    draft: 0,
+                    scored: 0,
+                    samples: true,
+                    layers,
+                    work: 0.0,
+                });
             }
         }
-        let budget = (self.state.rows_per_second * STEP_SECONDS) as usize;
-        let budget = budget.clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST);
-        let most = budget.saturating_sub(step.len()) / 2;
+        let most = self.rows_of_a_step().saturating_sub(step.len()) / 2;
         self.draft(&mut step, most);
-        let decoding: usize = step.iter().map(Slice::logit_rows).sum();
-        let mut left = budget.saturating_sub(decoding).max(STEP_ROWS_LEAST);
-        if decoding > 0 {
-            let usual = self.state.cost.of(decoding as f64);
-            let share = (self.state.rows_per_second * PROMPT_SHARE * usual) as usize;
-            left = left.min(share.max(PROMPT_ROWS_LEAST));
-        }
-        let first = self.state.next_prefill;
-        for index in (0..count).map(|index| (first + index) % count) {
-            let turn = &self.state.running[index];
-            let pending = turn.pending();
-            if turn.gives_up_pages() || pending == 1 || left == 0 {
-                continue;
-            }
-            let unscored = turn.unscored();
-            let answers = turn.spec.max_tokens > 0;
-            let rows = pending.min(left).min(if unscored > 0 { SCORED_ROWS_MOST } else { usize::MAX });
-            if !self.reserve(index, rows) {
-                continue;
-            }
-            left -= rows;
-            self.state.next_prefill = index + 1;
-            let samples = rows == pending && answers;
-            step.push(Slice { turn: index, rows, draft: 0, scored: unscored.min(rows), samples });
-        }
+        let decoding = step.iter().map(Slice::logit_rows).sum();
+        self.take_prompts(&mut step, decoding);
         step
     }
 
@@ -131,7 +112,7 @@ impl Worker {
     }
 
     /// Room for `rows` more positions of a turn. False when it must wait, or has failed.
-    fn reserve(&mut self, index: usize, rows: usize) -> bool {
+    pub(super) fn reserve(&mut self, index: usize, rows: usize) -> bool {
         let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
             Ok(()) => return true,
             Err(error) => error,
@@ -192,10 +173,21 @@ impl Worker {
             })
             .collect();
         let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
-        self.model.decoder().forward(&self.cpu, self.model.layout(), &batch, &mut state.work);
+        let (decoder, layout) = (self.model.decoder(), self.model.layout());
+        let layers = decoder.config().layers;
         state.stats.steps += 1;
-        let sampled: usize = step.iter().map(Slice::sampled_rows).sum();
-        state.stats.prompt_tokens_computed += (tokens.len() - sampled) as u64;
+        let computed = step.iter().filter(|slice| slice.layers.end == layers);
+        let prompt_rows: usize = computed.map(|slice| slice.all_rows() - slice.sampled_rows()).sum();
+        state.stats.prompt_tokens_computed += prompt_rows as u64;
+        match step.last().filter(|slice| slice.is_chunk(layers)) {
+            None => decoder.forward(&self.cpu, layout, &batch, &mut state.work),
+            Some(slice) => {
+                let mut hidden = state.chunk.take().map_or_else(Vec::new, |chunk| chunk.hidden);
+                let chunk = Chunk { layers: slice.layers.clone(), hidden: &mut hidden };
+                decoder.forward_with_chunk(&self.cpu, layout, &batch, chunk, &mut state.work);
+                self.keep_chunk(slice, hidden);
+            }
+        }
     }
 
     /// Chooses and publishes the next token of every turn whose last token was computed, and as many more as it had
@@ -203,16 +195,18 @@ impl Worker {
     pub(super) fn sample(&mut self, step: &[Slice]) {
         let state = &mut self.state;
         let vocab = self.model.decoder().config().vocab;
+        let layers = self.model.decoder().config().layers;
         let mut logits = state.work.logits_mut();
-        for slice in step {
+        for slice in step.iter().filter(|slice| slice.layers.end == layers) {
             let turn = &mut state.running[slice.turn];
             let (own, others) = logits.split_at_mut(slice.logit_rows() * vocab);
             logits = others;
             let (scored, own) = own.split_at_mut(slice.scored * vocab);
             turn.score(scored.chunks_exact(vocab));
-            let mut rows = slice.rows;
+            let (mut rows, mut said) = (slice.rows, 0);
             for (at, logits) in own.chunks_exact_mut(vocab).enumerate() {
                 let Some(token) = turn.sample(&self.model, logits) else { break };
+                said += 1;
                 let right = turn.drafter.judge(at, token);
                 state.stats.output_tokens += 1;
                 if !right || at == slice.draft {
@@ -225,6 +219,7 @@ impl Worker {
                 }
                 rows += 1;
             }
+            turn.measure(said, &mut state.stats.distributions);
             turn.receipt.drafted_tokens += slice.draft;
             state.stats.drafted_tokens += slice.draft as u64;
             let start = turn.table.len();
@@ -238,17 +233,15 @@ impl Worker {
             // Neither a prompt nor an answer, as others go.
             return;
         }
-        let rows: usize = step.iter().map(Slice::all_rows).sum();
-        let wanted: usize = step.iter().map(Slice::logit_rows).sum();
-        if wanted == rows {
-            self.state.cost.observe(rows, took.as_secs_f64());
-        } else if rows - wanted >= PROMPT_ROWS_LEAST {
+        let took = took.as_secs_f64();
+        let work: f64 = step.iter().map(|slice| slice.work).sum();
+        let decoding: usize = step.iter().filter(|slice| slice.work == 0.0).map(Slice::all_rows).sum();
+        if work == 0.0 {
+            self.state.cost.observe(decoding, took);
+        } else {
             // Without what the decoding rows among them take, which can be no more than a part of it.
-            let took = took.as_secs_f64();
-            let usual = if wanted > 0 { self.state.cost.of(wanted as f64) } else { 0.0 };
-            let pace = (rows - wanted) as f64 / (took - usual).max(took / 4.0);
-            let known = &mut self.state.rows_per_second;
-            *known += if *known == 0.0 { pace } else { PACE_RATE * (pace - *known) };
+            let usual = if decoding > 0 { self.state.cost.of(decoding as f64) } else { 0.0 };
+            self.state.pace.observe(work, (took - usual).max(took / 8.0));
         }
     }
 }

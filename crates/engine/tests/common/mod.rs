@@ -234,7 +234,8 @@ impl Rig {
             ignore_eos: ask.ignore_eos,
             priority: Priority::Interactive,
         };
-        let events = self.engine.submit(spec).unwrap();
+        let (listener, events) = tokio::sync::mpsc::unbounded_channel();
+        self.engine.submit(spec, listener).unwrap();
         Running { id: turn, session: row, events, answer: Answer::default() }
     }
 

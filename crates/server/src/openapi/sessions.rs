@@ -69,6 +69,8 @@ pub struct Session {
     tokens: u64,
     kv_tokens: u64,
     kv_bytes: u64,
+    /// What its turns have written to the disk.
+    bytes_written: u64,
     turns: u64,
     #[schema(required)]
     forked_from: Option<ForkedFrom>,

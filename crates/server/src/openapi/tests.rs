@@ -117,6 +117,7 @@ fn what_is_answered_has_the_fields_that_are_described() {
         tokens: 0,
         kv_tokens: 0,
         kv_bytes: 0,
+        bytes_written: 0,
         turns: 0,
         forked_from: None,
         active_turn: None,

@@ -5,12 +5,13 @@ use axum::response::{IntoResponse, Response};
 use dormouse_session::{ChatRequest, Scope, Session, SessionError};
 
 use super::chat_answer::{self, Answer};
+use super::chunks::Head;
 use super::sessions::{check_name, parse_cache_salt};
 use crate::App;
 use crate::body::JsonObject;
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::{generation, messages, now_seconds, random_u64, tools};
+use crate::{generation, messages, random_u64, tools};
 
 const MOST_CHOICES: i64 = 16;
 
@@ -41,12 +42,8 @@ pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<Response, 
     // A session answers with its own model, whatever the request said.
     let model =
         if session { Some(app.runtime.get(&app.caller.tenant, &first.session).await?.model) } else { model };
-    let card = app.card(model.as_deref());
     let answer = Answer {
-        id: format!("chatcmpl-{}", first.turn.trim_start_matches("turn_")),
-        created: now_seconds(),
-        model: card.as_ref().map(|card| card.id.clone()).or(model).unwrap_or_default(),
-        fingerprint: card.map(|card| card.numerics).unwrap_or_default(),
+        head: Head::new(&app, "chatcmpl", &first.turn, model),
         runtime: app.runtime.clone(),
         logprobs,
         include_usage: delivery.include_usage,

@@ -4,25 +4,19 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use dormouse_answer::{AnswerParser, Piece, call_id};
 use dormouse_engine::{FinishReason, TokenLogprob};
-use dormouse_session::{
-    FailureCode, Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream,
-};
-use futures::StreamExt;
-use futures::stream;
-use serde_json::{Map, Value, json};
+use dormouse_session::{FailureCode, Runtime, SessionError, Turn, TurnEventBody, TurnStatus, TurnStream};
+use serde::Serialize;
+use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use super::chunks::{self, Head, Narrator, receipt};
 use super::to_value;
 use crate::error::ApiError;
 use crate::sse;
 
 /// What all parts of one answer have in common.
 pub struct Answer {
-    pub id: String,
-    pub created: u64,
-    pub model: String,
-    pub fingerprint: String,
+    pub head: Head,
     pub runtime: Runtime,
     pub logprobs: bool,
     pub include_usage: bool,
@@ -56,15 +50,11 @@ impl Choice {
         }
     }
 
-    /// Takes an event in and answers what it added; None ends the stream early.
-    fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<Added, ApiError> {
-        match event.map(|event| event.body) {
-            None => Err(match &answer.goes_on {
-                Some((session, turn)) => ApiError::interrupted(session, turn),
-                None => SessionError::Stopping.into(),
-            }),
-            Some(TurnEventBody::Created { .. } | TurnEventBody::InProgress { .. }) => Ok(Default::default()),
-            Some(TurnEventBody::Delta { delta, token, logprob }) => {
+    /// Takes an event in and answers what it added.
+    fn take(&mut self, answer: &Answer, event: TurnEventBody) -> Result<Added, ApiError> {
+        match event {
+            TurnEventBody::Created { .. } | TurnEventBody::InProgress { .. } => Ok(Added::default()),
+            TurnEventBody::Delta { delta, token, logprob } => {
                 let pieces = self.parser.as_mut().map_or_else(Vec::new, |parser| parser.push(&delta));
                 self.said.extend(pieces.iter().cloned());
                 let logprob = logprob.filter(|_| answer.logprobs);
@@ -72,11 +62,9 @@ impl Choice {
                 self.logprobs.extend(logprobs.iter().cloned());
                 Ok((pieces, logprobs))
             }
-            Some(
-                TurnEventBody::Completed { turn }
-                | TurnEventBody::Cancelled { turn }
-                | TurnEventBody::Failed { turn },
-            ) => {
+            TurnEventBody::Completed { turn }
+            | TurnEventBody::Cancelled { turn }
+            | TurnEventBody::Failed { turn } => {
                 if turn.status == TurnStatus::Failed {
                     return Err(failure(&turn));
                 }
@@ -113,17 +101,20 @@ impl Choice {
     }
 
     /// The delta of a chunk; None where a piece says nothing to clients of chat completions.
-    fn delta(&self, piece: &Piece) -> Option<Value> {
+    fn delta<'a>(&self, piece: &'a Piece) -> Option<Delta<'a>> {
+        let call = |index: usize, begun: Option<&'a str>, arguments: &'a str| CallDelta {
+            index,
+            id: begun.map(|_| call_id(&self.id, index)),
+            kind: begun.map(|_| "function"),
+            function: FunctionDelta { name: begun, arguments },
+        };
         match piece {
-            Piece::Content(text) => Some(json!({ "content": text })),
-            Piece::Reasoning(text) => Some(json!({ "reasoning_content": text, "reasoning": text })),
-            Piece::CallBegin { index, name } => Some(json!({ "tool_calls": [{
-                "index": index, "id": call_id(&self.id, *index), "type": "function",
-                "function": { "name": name, "arguments": "" },
-            }] })),
-            Piece::CallArguments { index, fragment } => {
-                Some(json!({ "tool_calls": [{ "index": index, "function": { "arguments": fragment } }] }))
+            Piece::Content(text) => Some(Delta::content(text)),
+            Piece::Reasoning(text) => {
+                Some(Delta { reasoning_content: Some(text), reasoning: Some(text), ..Delta::default() })
             }
+            Piece::CallBegin { index, name } => Some(Delta::call(call(*index, Some(name), ""))),
+            Piece::CallArguments { index, fragment } => Some(Delta::call(call(*index, None, fragment))),
             Piece::CallEnd { .. } => None,
         }
     }
@@ -139,21 +130,18 @@ impl Choice {
 }
 
 impl Answer {
-    fn envelope(&self, object: &str, choices: Vec<Value>) -> Map<String, Value> {
-        let mut map = Map::new();
-        map.insert("id".into(), self.id.as_str().into());
-        map.insert("object".into(), object.into());
-        map.insert("created".into(), self.created.into());
-        map.insert("model".into(), self.model.as_str().into());
-        map.insert("system_fingerprint".into(), self.fingerprint.as_str().into());
-        map.insert("choices".into(), choices.into());
-        map
+    /// What a client is told whose answer does not end because the server does.
+    fn interrupted(&self) -> ApiError {
+        match &self.goes_on {
+            Some((session, turn)) => ApiError::interrupted(session, turn),
+            None => SessionError::Stopping.into(),
+        }
     }
 
     /// One entry of `logprobs.content`. A token may be a part of a character, hence `bytes`.
     fn logprob(&self, token: u32, it: &TokenLogprob) -> Value {
         let entry = |token: u32, logprob: f32| {
-            let bytes = self.runtime.token_bytes(Some(&self.model), token);
+            let bytes = self.runtime.token_bytes(Some(&self.head.model), token);
             json!({ "token": String::from_utf8_lossy(&bytes), "logprob": finite(logprob), "bytes": bytes })
         };
         let mut value = entry(token, it.logprob);
@@ -165,20 +153,80 @@ impl Answer {
         if self.logprobs { json!({ "content": content, "refusal": null }) } else { Value::Null }
     }
 
+    /// The frame of a chunk of one choice.
     fn chunk(
         &self,
         index: usize,
-        delta: Value,
+        delta: Delta<'_>,
         logprobs: &[Value],
-        finish: Option<&str>,
-    ) -> Map<String, Value> {
-        let logprobs = if logprobs.is_empty() { Value::Null } else { self.logprobs_object(logprobs) };
-        let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
-        let mut chunk = self.envelope("chat.completion.chunk", vec![choice]);
-        if self.include_usage {
-            chunk.insert("usage".into(), Value::Null);
-        }
-        chunk
+        turn: Option<Finished<'_>>,
+    ) -> String {
+        let logprobs = (!logprobs.is_empty()).then(|| self.logprobs_object(logprobs));
+        let finish_reason = turn.as_ref().map(|turn| turn.reason);
+        let choices = [ChunkChoice { index, delta, logprobs, finish_reason }];
+        let mut chunk = self.head.object(CHUNK, &choices);
+        chunk.usage = self.include_usage.then_some(Value::Null);
+        chunk.dormouse = turn.map(|turn| turn.receipt.clone());
+        sse::data(&chunk)
+    }
+}
+
+const CHUNK: &str = "chat.completion.chunk";
+
+/// What a choice's last chunk tells.
+struct Finished<'a> {
+    reason: &'static str,
+    receipt: &'a Value,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: usize,
+    delta: Delta<'a>,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'static str>,
+}
+
+/// What a chunk adds to the message.
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    /// Clients read the one or the other name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta<'a>; 1]>,
+}
+
+#[derive(Serialize)]
+struct CallDelta<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+impl<'a> Delta<'a> {
+    fn content(text: &'a str) -> Delta<'a> {
+        Delta { content: Some(text), ..Delta::default() }
+    }
+
+    fn call(call: CallDelta<'a>) -> Delta<'a> {
+        Delta { tool_calls: Some([call]), ..Delta::default() }
     }
 }
 
@@ -212,17 +260,14 @@ fn usage(turns: &[&Turn]) -> Value {
     })
 }
 
-fn receipt(turn: Option<&Turn>) -> Result<Value, ApiError> {
-    turn.and_then(|turn| turn.dormouse.as_ref()).map_or(Ok(Value::Null), to_value)
-}
-
 /// Waits for all choices and answers the `chat.completion` object.
 pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, ApiError> {
     let mut choices = Vec::with_capacity(streams.len());
     for mut stream in streams {
         let mut choice = Choice::new(&stream);
         while choice.turn.is_none() {
-            choice.take(answer, stream.events.recv().await)?;
+            let Some(event) = stream.events.recv().await else { return Err(answer.interrupted()) };
+            choice.take(answer, event.body)?;
         }
         choices.push(choice);
     }
@@ -235,89 +280,65 @@ pub async fn whole(answer: &Answer, streams: Vec<TurnStream>) -> Result<Value, A
             "finish_reason": choice.finish_reason(turn),
         })
     });
-    let mut object = answer.envelope("chat.completion", rendered.collect());
-    object.insert("usage".into(), usage(&turns));
-    object.insert("dormouse".into(), receipt(turns.first().copied())?);
-    Ok(Value::Object(object))
+    let rendered: Vec<Value> = rendered.collect();
+    let mut object = answer.head.object("chat.completion", &rendered);
+    object.usage = Some(usage(&turns));
+    object.dormouse = Some(receipt(turns.first().copied())?);
+    to_value(&object)
 }
 
 /// Answers with chunks as they come. Dropping the response drops the choices' streams.
 pub fn stream(answer: Answer, streams: Vec<TurnStream>, permit: OwnedSemaphorePermit) -> Response {
-    let chunks = Chunks { choices: streams.iter().map(Choice::new).collect(), answer, ended: false };
-    let events = stream::select_all(streams.into_iter().enumerate().map(|(index, stream)| {
-        let events =
-            UnboundedReceiverStream::new(stream.events).map(Some).chain(stream::once(async { None }));
-        Box::pin(events.map(move |event| (index, event)))
-    }));
-    let first = chunks.begin();
-    let frames = stream::unfold(Some((events, chunks, permit)), async |state| {
-        let (mut events, mut chunks, permit) = state?;
-        let (index, event) = events.next().await?;
-        let frames = chunks.take(index, event);
-        let next = (!chunks.ended).then_some((events, chunks, permit));
-        Some((frames, next))
-    });
-    let all = stream::once(async { first }).chain(frames).filter(|frames| {
-        let has_something = !frames.is_empty();
-        async move { has_something }
-    });
-    sse::respond(all)
+    let choices = streams.iter().map(Choice::new).collect();
+    chunks::stream(Chunks { answer, choices }, streams, permit)
 }
 
 /// Turns events into frames.
 struct Chunks {
     answer: Answer,
     choices: Vec<Choice>,
-    ended: bool,
 }
 
-impl Chunks {
-    /// The frames that say who speaks.
+impl Narrator for Chunks {
+    /// Says who speaks.
     fn begin(&self) -> String {
-        let role = |index| self.answer.chunk(index, json!({ "role": "assistant", "content": "" }), &[], None);
-        (0..self.choices.len()).map(|index| sse::data(&role(index))).collect()
+        let role = || Delta { role: Some("assistant"), ..Delta::content("") };
+        (0..self.choices.len()).map(|index| self.answer.chunk(index, role(), &[], None)).collect()
     }
 
-    /// The frames that an event of a choice makes: none or several.
-    fn take(&mut self, index: usize, event: Option<TurnEvent>) -> String {
-        if event.is_none() && self.choices[index].turn.is_some() {
-            return String::new();
-        }
-        self.try_take(index, event).unwrap_or_else(|error| {
-            self.ended = true;
-            sse::data(&error.body()) + sse::DONE
-        })
-    }
-
-    fn try_take(&mut self, index: usize, event: Option<TurnEvent>) -> Result<String, ApiError> {
+    fn take(&mut self, index: usize, event: TurnEventBody) -> Result<String, ApiError> {
         let (pieces, logprobs) = self.choices[index].take(&self.answer, event)?;
         let choice = &self.choices[index];
-        let mut deltas: Vec<Value> = pieces.iter().filter_map(|piece| choice.delta(piece)).collect();
+        let mut deltas: Vec<Delta<'_>> = pieces.iter().filter_map(|piece| choice.delta(piece)).collect();
         if deltas.is_empty() && !logprobs.is_empty() {
-            deltas.push(json!({ "content": "" }));
+            deltas.push(Delta::content(""));
         }
         let mut frames = String::new();
         let mut logprobs = logprobs.as_slice();
         for delta in deltas {
-            frames += &sse::data(&self.answer.chunk(index, delta, std::mem::take(&mut logprobs), None));
+            frames += &self.answer.chunk(index, delta, std::mem::take(&mut logprobs), None);
         }
         if let Some(turn) = &choice.turn {
-            let mut last = self.answer.chunk(index, json!({}), &[], Some(choice.finish_reason(turn)));
-            last.insert("dormouse".into(), receipt(Some(turn))?);
-            frames += &sse::data(&last);
-            let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
-            if turns.len() == self.choices.len() {
-                if self.answer.include_usage {
-                    let mut chunk = self.answer.envelope("chat.completion.chunk", Vec::new());
-                    chunk.insert("usage".into(), usage(&turns));
-                    chunk.insert("dormouse".into(), receipt(turns.first().copied())?);
-                    frames += &sse::data(&chunk);
-                }
-                frames += sse::DONE;
-                self.ended = true;
-            }
+            let receipt = receipt(Some(turn))?;
+            let finished = Finished { reason: choice.finish_reason(turn), receipt: &receipt };
+            frames += &self.answer.chunk(index, Delta::default(), &[], Some(finished));
         }
         Ok(frames)
+    }
+
+    fn end(&self) -> Result<String, ApiError> {
+        if !self.answer.include_usage {
+            return Ok(String::new());
+        }
+        let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
+        let mut chunk = self.answer.head.object::<Value>(CHUNK, &[]);
+        chunk.usage = Some(usage(&turns));
+        chunk.dormouse = Some(receipt(turns.first().copied())?);
+        Ok(sse::data(&chunk))
+    }
+
+    fn interrupted(&self) -> ApiError {
+        self.answer.interrupted()
     }
 }
 

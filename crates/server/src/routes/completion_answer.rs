@@ -2,24 +2,20 @@
 
 use axum::response::Response;
 use dormouse_engine::{FinishReason, TokenLogprob};
-use dormouse_session::{Runtime, SessionError, Turn, TurnEvent, TurnEventBody, TurnStatus, TurnStream};
-use futures::{StreamExt, stream};
+use dormouse_session::{Runtime, SessionError, Turn, TurnEventBody, TurnStatus, TurnStream};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::chat_answer::{failure, finite};
+use super::chunks::{self, Head, Narrator, receipt};
 use super::to_value;
 use crate::error::ApiError;
 use crate::sse;
 
 /// What all parts of one answer have in common.
 pub struct Answer {
-    pub id: String,
-    pub created: u64,
-    pub model: String,
-    pub fingerprint: String,
+    pub head: Head,
     pub runtime: Runtime,
     /// Alternatives to report with each token's log-probability.
     pub logprobs: Option<u8>,
@@ -48,7 +44,7 @@ struct Logprobs {
 
 impl Logprobs {
     fn push(&mut self, answer: &Answer, token: u32, offset: usize, logprob: Option<&TokenLogprob>) {
-        let name = |token: u32| token_name(&answer.runtime.token_bytes(Some(&answer.model), token));
+        let name = |token: u32| token_name(&answer.runtime.token_bytes(Some(&answer.head.model), token));
         self.tokens.push(name(token));
         self.text_offset.push(offset);
         self.token_logprobs.push(logprob.map(|it| finite(it.logprob)));
@@ -103,13 +99,12 @@ impl Choice {
         Choice { prompt, text: String::new(), offset: 0, logprobs: Logprobs::default(), turn: None }
     }
 
-    /// Takes an event in and answers what it added; None ends the stream early.
-    fn take(&mut self, answer: &Answer, event: Option<TurnEvent>) -> Result<Added, ApiError> {
-        let added = match event.map(|event| event.body) {
-            None => return Err(SessionError::Stopping.into()),
-            Some(TurnEventBody::Created { .. }) => Added::default(),
-            Some(TurnEventBody::InProgress { prompt, .. }) => self.echo(answer, &prompt),
-            Some(TurnEventBody::Delta { delta, token, logprob }) => {
+    /// Takes an event in and answers what it added.
+    fn take(&mut self, answer: &Answer, event: TurnEventBody) -> Result<Added, ApiError> {
+        let added = match event {
+            TurnEventBody::Created { .. } => Added::default(),
+            TurnEventBody::InProgress { prompt, .. } => self.echo(answer, &prompt),
+            TurnEventBody::Delta { delta, token, logprob } => {
                 let mut logprobs = Logprobs::default();
                 if let Some(logprob) = logprob.filter(|_| answer.logprobs.is_some()) {
                     logprobs.push(answer, token, self.offset, Some(&logprob));
@@ -117,11 +112,9 @@ impl Choice {
                 self.offset += delta.chars().count();
                 (delta, logprobs)
             }
-            Some(
-                TurnEventBody::Completed { turn }
-                | TurnEventBody::Cancelled { turn }
-                | TurnEventBody::Failed { turn },
-            ) => {
+            TurnEventBody::Completed { turn }
+            | TurnEventBody::Cancelled { turn }
+            | TurnEventBody::Failed { turn } => {
                 if turn.status == TurnStatus::Failed {
                     return Err(failure(&turn));
                 }
@@ -137,7 +130,8 @@ impl Choice {
         let Some((text, tokens)) = self.prompt.take() else { return Added::default() };
         let mut logprobs = Logprobs::default();
         if answer.logprobs.is_some() {
-            let bytes = |token: &u32| characters(&answer.runtime.token_bytes(Some(&answer.model), *token));
+            let bytes =
+                |token: &u32| characters(&answer.runtime.token_bytes(Some(&answer.head.model), *token));
             let lengths: Vec<usize> = tokens.iter().map(bytes).collect();
             // A token that the tokenizer put before the text has no place in it.
             let excess = lengths.iter().sum::<usize>().saturating_sub(text.chars().count());
@@ -161,27 +155,24 @@ fn finish_reason(turn: &Turn) -> &'static str {
     }
 }
 
-impl Answer {
-    fn envelope(&self, choices: Vec<Value>) -> Map<String, Value> {
-        let mut map = Map::new();
-        map.insert("id".into(), self.id.as_str().into());
-        map.insert("object".into(), "text_completion".into());
-        map.insert("created".into(), self.created.into());
-        map.insert("model".into(), self.model.as_str().into());
-        map.insert("system_fingerprint".into(), self.fingerprint.as_str().into());
-        map.insert("choices".into(), choices.into());
-        map
-    }
+#[derive(Serialize)]
+struct ChoiceObject<'a> {
+    index: usize,
+    text: &'a str,
+    logprobs: Option<&'a Logprobs>,
+    finish_reason: Option<&'static str>,
+}
 
-    fn choice(
+impl Answer {
+    fn choice<'a>(
         &self,
         index: usize,
-        text: &str,
-        logprobs: &Logprobs,
-        finish: Option<&str>,
-    ) -> Result<Value, ApiError> {
-        let logprobs = if self.logprobs.is_some() { to_value(logprobs)? } else { Value::Null };
-        Ok(json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish }))
+        text: &'a str,
+        logprobs: &'a Logprobs,
+        turn: Option<&Turn>,
+    ) -> ChoiceObject<'a> {
+        let logprobs = self.logprobs.is_some().then_some(logprobs);
+        ChoiceObject { index, text, logprobs, finish_reason: turn.map(finish_reason) }
     }
 }
 
@@ -199,11 +190,6 @@ fn usage(turns: &[&Turn], each: usize) -> Value {
     })
 }
 
-/// The receipt of the first choice.
-fn receipt(turns: &[&Turn]) -> Result<Value, ApiError> {
-    turns.first().and_then(|turn| turn.dormouse.as_ref()).map_or(Ok(Value::Null), to_value)
-}
-
 /// Waits for all choices and answers the `text_completion` object.
 pub async fn whole(answer: &Answer, continued: Vec<Continued>) -> Result<Value, ApiError> {
     let each = continued.first().map_or(1, |prompt| prompt.streams.len());
@@ -212,7 +198,8 @@ pub async fn whole(answer: &Answer, continued: Vec<Continued>) -> Result<Value, 
         for mut stream in streams {
             let mut choice = Choice::new(answer, &text, &tokens);
             while choice.turn.is_none() {
-                let (text, logprobs) = choice.take(answer, stream.events.recv().await)?;
+                let event = stream.events.recv().await.ok_or(SessionError::Stopping)?;
+                let (text, logprobs) = choice.take(answer, event.body)?;
                 choice.text.push_str(&text);
                 choice.logprobs.append(logprobs);
             }
@@ -220,13 +207,16 @@ pub async fn whole(answer: &Answer, continued: Vec<Continued>) -> Result<Value, 
         }
     }
     let turns: Vec<&Turn> = choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
-    let rendered = choices.iter().zip(&turns).enumerate().map(|(index, (choice, turn))| {
-        answer.choice(index, &choice.text, &choice.logprobs, Some(finish_reason(turn)))
-    });
-    let mut object = answer.envelope(rendered.collect::<Result<_, _>>()?);
-    object.insert("usage".into(), usage(&turns, each));
-    object.insert("dormouse".into(), receipt(&turns)?);
-    Ok(Value::Object(object))
+    let rendered = choices
+        .iter()
+        .zip(&turns)
+        .enumerate()
+        .map(|(index, (choice, turn))| answer.choice(index, &choice.text, &choice.logprobs, Some(turn)));
+    let rendered: Vec<ChoiceObject<'_>> = rendered.collect();
+    let mut object = answer.head.object(OBJECT, &rendered);
+    object.usage = Some(usage(&turns, each));
+    object.dormouse = Some(receipt(turns.first().copied())?);
+    to_value(&object)
 }
 
 /// Answers with chunks as they come. Dropping the response drops the choices' streams.
@@ -239,24 +229,10 @@ pub fn stream(answer: Answer, continued: Vec<Continued>, permit: OwnedSemaphoreP
             streams.push(stream);
         }
     }
-    let events = stream::select_all(streams.into_iter().enumerate().map(|(index, stream)| {
-        let events =
-            UnboundedReceiverStream::new(stream.events).map(Some).chain(stream::once(async { None }));
-        Box::pin(events.map(move |event| (index, event)))
-    }));
-    let chunks = Chunks { answer, choices, each, ended: false };
-    let frames = stream::unfold(Some((events, chunks, permit)), async |state| {
-        let (mut events, mut chunks, permit) = state?;
-        let (index, event) = events.next().await?;
-        let frames = chunks.take(index, event);
-        let next = (!chunks.ended).then_some((events, chunks, permit));
-        Some((frames, next))
-    });
-    sse::respond(frames.filter(|frames| {
-        let has_something = !frames.is_empty();
-        async move { has_something }
-    }))
+    chunks::stream(Chunks { answer, choices, each }, streams, permit)
 }
+
+const OBJECT: &str = "text_completion";
 
 /// Turns events into frames.
 struct Chunks {
@@ -264,57 +240,55 @@ struct Chunks {
     choices: Vec<Choice>,
     /// Choices of each prompt.
     each: usize,
-    ended: bool,
+}
+
+impl Narrator for Chunks {
+    fn begin(&self) -> String {
+        String::new()
+    }
+
+    fn take(&mut self, index: usize, event: TurnEventBody) -> Result<String, ApiError> {
+        let (text, logprobs) = self.choices[index].take(&self.answer, event)?;
+        let mut frames = String::new();
+        if !text.is_empty() || !logprobs.tokens.is_empty() {
+            frames += &self.chunk(index, &text, &logprobs, None)?;
+        }
+        if let Some(turn) = &self.choices[index].turn {
+            frames += &self.chunk(index, "", &Logprobs::default(), Some(turn))?;
+        }
+        Ok(frames)
+    }
+
+    fn end(&self) -> Result<String, ApiError> {
+        if !self.answer.include_usage {
+            return Ok(String::new());
+        }
+        let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
+        let mut chunk = self.answer.head.object::<Value>(OBJECT, &[]);
+        chunk.usage = Some(usage(&turns, self.each));
+        chunk.dormouse = Some(receipt(turns.first().copied())?);
+        Ok(sse::data(&chunk))
+    }
+
+    fn interrupted(&self) -> ApiError {
+        SessionError::Stopping.into()
+    }
 }
 
 impl Chunks {
-    /// The frames that an event of a choice makes: none or several.
-    fn take(&mut self, index: usize, event: Option<TurnEvent>) -> String {
-        if event.is_none() && self.choices[index].turn.is_some() {
-            return String::new();
-        }
-        self.try_take(index, event).unwrap_or_else(|error| {
-            self.ended = true;
-            sse::data(&error.body()) + sse::DONE
-        })
-    }
-
+    /// The frame of a chunk of one choice; its last with its turn.
     fn chunk(
         &self,
         index: usize,
         text: &str,
         logprobs: &Logprobs,
-        finish: Option<&str>,
-    ) -> Result<Map<String, Value>, ApiError> {
-        let mut chunk = self.answer.envelope(vec![self.answer.choice(index, text, logprobs, finish)?]);
-        if self.answer.include_usage {
-            chunk.insert("usage".into(), Value::Null);
-        }
-        Ok(chunk)
-    }
-
-    fn try_take(&mut self, index: usize, event: Option<TurnEvent>) -> Result<String, ApiError> {
-        let (text, logprobs) = self.choices[index].take(&self.answer, event)?;
-        let mut frames = String::new();
-        if !text.is_empty() || !logprobs.tokens.is_empty() {
-            frames += &sse::data(&self.chunk(index, &text, &logprobs, None)?);
-        }
-        let Some(turn) = &self.choices[index].turn else { return Ok(frames) };
-        let mut last = self.chunk(index, "", &Logprobs::default(), Some(finish_reason(turn)))?;
-        last.insert("dormouse".into(), receipt(&[turn])?);
-        frames += &sse::data(&last);
-        let turns: Vec<&Turn> = self.choices.iter().filter_map(|choice| choice.turn.as_ref()).collect();
-        if turns.len() == self.choices.len() {
-            if self.answer.include_usage {
-                let mut chunk = self.answer.envelope(Vec::new());
-                chunk.insert("usage".into(), usage(&turns, self.each));
-                chunk.insert("dormouse".into(), receipt(&turns)?);
-                frames += &sse::data(&chunk);
-            }
-            frames += sse::DONE;
-            self.ended = true;
-        }
-        Ok(frames)
+        turn: Option<&Turn>,
+    ) -> Result<String, ApiError> {
+        let choices = [self.answer.choice(index, text, logprobs, turn)];
+        let mut chunk = self.answer.head.object(OBJECT, &choices);
+        chunk.usage = self.answer.include_usage.then_some(Value::Null);
+        chunk.dormouse = turn.map(|turn| receipt(Some(turn))).transpose()?;
+        Ok(sse::data(&chunk))
     }
 }
 

@@ -3,15 +3,16 @@
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use dormouse_session::{Completion, CompletionRequest, Generation, RawPrompt, SessionError};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::chunks::Head;
 use super::completion_answer::{self, Answer, Continued};
 use super::sessions::parse_cache_salt;
 use crate::App;
 use crate::body::JsonObject;
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
-use crate::{generation, now_seconds, random_u64};
+use crate::{generation, random_u64};
 
 /// Continuations of one request: its prompts, times `n`.
 const MOST_CHOICES: usize = 1024;
@@ -29,12 +30,8 @@ pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<Response, 
     let Some(first) = completions.first().and_then(|completion| completion.streams.first()) else {
         return Err(SessionError::Internal("no continuation was begun".into()).into());
     };
-    let card = app.card(model.as_deref());
     let answer = Answer {
-        id: format!("cmpl-{}", first.turn.trim_start_matches("turn_")),
-        created: now_seconds(),
-        model: card.as_ref().map(|card| card.id.clone()).or(model).unwrap_or_default(),
-        fingerprint: card.map(|card| card.numerics).unwrap_or_default(),
+        head: Head::new(&app, "cmpl", &first.turn, model),
         runtime: app.runtime.clone(),
         logprobs: asked.logprobs,
         echo: asked.echo,
@@ -44,7 +41,7 @@ pub async fn create(app: App, JsonObject(body): JsonObject) -> Result<Response, 
         let Completion { tokens, streams } = completion;
         let text = match prompt {
             RawPrompt::Text(text) => text,
-            RawPrompt::Tokens(tokens) => app.runtime.text_of(Some(&answer.model), &tokens),
+            RawPrompt::Tokens(tokens) => app.runtime.text_of(Some(&answer.head.model), &tokens),
         };
         Continued { text, tokens, streams }
     });
@@ -116,23 +113,7 @@ fn parse_generation(
     logprobs: Option<u8>,
     echo: bool,
 ) -> Result<Generation, ApiError> {
-    const SAMPLING: [&str; 13] = [
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "seed",
-        "stop",
-        "ignore_eos",
-        "grammar",
-        "guided_json",
-    ];
-    let sampling = SAMPLING.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone())));
-    let sampling: Map<String, Value> = sampling.collect();
+    let sampling = generation::common(fields, &["grammar", "guided_json"]);
     let mut generation = generation::parse(&Fields::new(&sampling), random_seed)?;
     let max_tokens = fields.integer("max_tokens", 0..=i64::MAX)?;
     generation.max_tokens =

@@ -22,6 +22,6 @@ pub async fn health(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 pub async fn metrics(app: App) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.runtime.metrics().await)
-        .into_response()
+    let text = app.runtime.metrics().await + &app.counts.text();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }

@@ -33,6 +33,16 @@ pub fn open_as(directory: &Path, weights: [u8; 32], context: Option<usize>) -> R
 }
 
 pub fn open_named(directory: &Path, name: &str, weights: [u8; 32], context: Option<usize>) -> Runtime {
+    open_with(directory, name, weights, context, RuntimeOptions::default())
+}
+
+pub fn open_with(
+    directory: &Path,
+    name: &str,
+    weights: [u8; 32],
+    context: Option<usize>,
+    runtime: RuntimeOptions,
+) -> Runtime {
     let store = Store::open(directory, dormouse_store::Durability::Process).unwrap();
     let cpu = Cpu::new(2).unwrap();
     let options = LoadOptions {
@@ -53,7 +63,7 @@ pub fn open_named(directory: &Path, name: &str, weights: [u8; 32], context: Opti
     let durability = dormouse_store::Durability::Process;
     let engine =
         Engine::start(model, cpu, pool, file, store.clone(), durability, Speculation::Ngram).unwrap();
-    Runtime::open(store, vec![engine], RuntimeOptions::default()).unwrap()
+    Runtime::open(store, vec![engine], runtime).unwrap()
 }
 
 pub fn tenant() -> Tenant {

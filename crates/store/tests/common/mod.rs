@@ -96,6 +96,7 @@ pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, in
                     removed: vec![],
                     leaf_slot: Some(slot),
                     kv_len: log_start + 3,
+                    ..StepCommit::default()
                 }])
                 .unwrap()
                 .remove(0)

@@ -367,3 +367,64 @@ fn nothing_outside_the_window_or_past_the_last_row_is_read() {
         }
     }
 }
+
+#[test]
+fn branches_of_one_session_get_the_bits_that_they_get_alone() {
+    for (dtype, head_dim) in [(KvDtype::F16, 64), (KvDtype::Q8_0, 24)] {
+        let layout = layout(dtype, 2, head_dim);
+        let width = HEADS * head_dim;
+        let trunk = Pages::filled(layout, 1400);
+        // Pages in common, position of the first row, rows.
+        let branches = [
+            (20, 1300, 1),
+            (20, 1299, 3),
+            (16, 1030, 1),
+            (17, 1150, 2),
+            (4, 256, 1),
+            (0, 700, 1),
+            (20, 1280, 45),
+        ]
+        .into_iter()
+        .chain((0..30).map(|n| (20, 1281 + n, 1)));
+        let mut first_row = 0;
+        let tables: Vec<_> = branches
+            .enumerate()
+            .map(|(n, (shared, start, rows))| {
+                let own = Pages::new(layout, start + rows);
+                own.write(
+                    &noise((start + rows) * 2 * head_dim, n as u64),
+                    &noise((start + rows) * 2 * head_dim, 7),
+                );
+                let table = [&trunk.table[..shared], &own.table[shared..]].concat();
+                first_row += rows;
+                (own, table, first_row - rows, rows, start)
+            })
+            .collect();
+        let sequences: Vec<Sequence<'_>> = tables
+            .iter()
+            .map(|(_, pages, first_row, rows, start)| Sequence {
+                pages,
+                first_row: *first_row,
+                rows: *rows,
+                start: *start,
+            })
+            .collect();
+        let q = noise(first_row * width, 4);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for (threads, window) in [(1, None), (3, None), (2, Some(300))] {
+                let cpu = Cpu { isa, precision: crate::cpu::Precision::Int8, pool: Pool::new(threads) };
+                let attention = trunk.attention(HEADS, window);
+                let mut together = vec![f32::NAN; q.len()];
+                attend(&cpu, attention, &sequences, &q, &mut together);
+                for sequence in &sequences {
+                    let part = sequence.first_row * width..(sequence.first_row + sequence.rows) * width;
+                    let mut alone = vec![f32::NAN; part.len()];
+                    let only = Sequence { first_row: 0, ..*sequence };
+                    attend(&cpu, attention, &[only], &q[part.clone()], &mut alone);
+                    let what = (isa.name(), dtype.name(), threads, window, sequence.start, sequence.rows);
+                    assert!(bits(&together[part]) == bits(&alone), "{what:?}");
+                }
+            }
+        }
+    }
+}

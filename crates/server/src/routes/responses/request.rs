@@ -24,21 +24,6 @@ const INCLUDABLE: [&str; 8] = [
     "code_interpreter_call.outputs",
 ];
 const SERVICE_TIERS: [&str; 7] = ["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"];
-/// Sampling fields that are called the same everywhere.
-const SAMPLING: [&str; 12] = [
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "ignore_eos",
-    "chat_template_kwargs",
-];
 /// OpenAI's bound for keys and identifiers.
 const MOST_LABEL_CHARACTERS: usize = 512;
 
@@ -145,8 +130,7 @@ fn conversation(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
 
 /// The fields of sampling, of the form and of the calls.
 fn generation(fields: &Fields<'_>, random_seed: u64) -> Result<Generation, ApiError> {
-    let mut sampling: Map<String, Value> =
-        SAMPLING.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone()))).collect();
+    let mut sampling = generation::common(fields, &["chat_template_kwargs"]);
     let mut wants_logprobs = false;
     for item in fields.list("include")?.map(Vec::as_slice).unwrap_or_default() {
         match item.as_str() {

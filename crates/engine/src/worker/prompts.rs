@@ -1,0 +1,179 @@
+//! Which pieces of prompts a step reads: all that the step's time allows, and beside turns that decode no more than they bear.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use dormouse_models::decoder::Decoder;
+
+use super::Worker;
+use super::step::Slice;
+use crate::turn::Turn;
+
+/// A step should last about this long, so that cancelling, stopping and other turns do not wait for a long prompt.
+const STEP_SECONDS: f64 = 0.2;
+const STEP_ROWS_LEAST: usize = 16;
+const STEP_ROWS_MOST: usize = 256;
+/// Where turns decode, a long prompt may take this part of what they do: reading goes on for many steps, and each of them
+/// is somebody's wait for the next word.
+const LONG_SHARE: f64 = 0.5;
+/// As much as they do, where it is soon over: a prompt that would take no more than a step of its own.
+const SHORT_SHARE: f64 = 1.0;
+/// Prompt rows that go through the layers together, if they must take several steps for it: enough that they share what
+/// each of them would read and widen, keys and values above all.
+const CHUNK_ROWS: usize = 16;
+/// Prompt rows of a turn in a step where the logits of each are wanted: of large vocabularies each takes half a megabyte.
+const SCORED_ROWS_MOST: usize = 32;
+/// One step in so many is without prompts while turns decode, so that it stays known what decoding alone takes.
+const DECODE_ALONE_EVERY: u64 = 16;
+/// Short prompts come first, but one step in so many belongs to who has waited longest.
+const OLDEST_FIRST_EVERY: u64 = 4;
+
+/// A piece of a prompt that went through the first layers, and waits for a step that takes it on.
+pub(super) struct Chunk {
+    /// Whose it is: no two turns are of the same instant.
+    since: Instant,
+    /// Position of its first row, and how many rows.
+    start: usize,
+    rows: usize,
+    /// Layers that it went through.
+    layers: usize,
+    /// What they left.
+    pub hidden: Vec<f32>,
+}
+
+impl Chunk {
+    pub fn belongs_to(&self, turn: &Turn) -> bool {
+        self.since == turn.since() && self.start == turn.table.len()
+    }
+}
+
+/// What a step may still spend on prompts.
+struct Budget {
+    short: f64,
+    long: f64,
+    spent: f64,
+    rows: usize,
+}
+
+impl Worker {
+    /// Adds pieces of prompts to a step in which so many rows of turns that decode are already.
+    pub(super) fn take_prompts(&mut self, step: &mut Vec<Slice>, decoding: usize) {
+        let running = &self.state.running;
+        self.state
+            .chunk
+            .take_if(|chunk| !running.iter().any(|turn| chunk.belongs_to(turn) && !turn.gives_up_pages()));
+        let reads = |turn: &Turn| !turn.gives_up_pages() && turn.pending() > 1;
+        let mut prompts: Vec<usize> = (0..running.len()).filter(|index| reads(&running[*index])).collect();
+        if prompts.is_empty() {
+            return;
+        }
+        let steps = self.state.stats.steps;
+        let Some(mut budget) = self.budget(decoding, steps) else { return };
+        if !steps.is_multiple_of(OLDEST_FIRST_EVERY) {
+            prompts.sort_by_key(|index| running[*index].pending());
+        }
+        let mut chunk = None;
+        for index in prompts {
+            let Some(slice) = self.prompt_slice(index, decoding > 0, &budget, chunk.is_some()) else {
+                continue;
+            };
+            if !self.reserve(index, slice.rows) {
+                continue;
+            }
+            budget.spent += slice.work;
+            budget.rows -= slice.rows;
+            if slice.is_chunk(self.model.decoder().config().layers) {
+                chunk = Some(slice);
+            } else {
+                step.push(slice);
+            }
+        }
+        // The decoder wants it last.
+        step.extend(chunk);
+    }
+
+    /// None: this step is for decoding alone.
+    fn budget(&self, decoding: usize, steps: u64) -> Option<Budget> {
+        let pace = self.state.pace.per_second();
+        if decoding == 0 {
+            let work = pace * STEP_SECONDS;
+            return Some(Budget { short: work, long: work, spent: 0.0, rows: STEP_ROWS_MOST });
+        }
+        let usual = self.state.cost.of(decoding as f64);
+        if usual == 0.0 || steps.is_multiple_of(DECODE_ALONE_EVERY) {
+            return None;
+        }
+        // Before any prompt was seen: as fast as decoding, which is slower.
+        let decoder = self.model.decoder();
+        let as_decoded = decoding as f64 * work(decoder, 0, 1, 0..decoder.config().layers) / usual;
+        let bearable = usual * if pace == 0.0 { as_decoded } else { pace };
+        let (short, long) = (SHORT_SHARE * bearable, LONG_SHARE * bearable);
+        Some(Budget { short, long, spent: 0.0, rows: STEP_ROWS_MOST - decoding.min(STEP_ROWS_MOST / 2) })
+    }
+
+    /// The rows of a turn's prompt that the budget allows, and the layers they go through. A step takes one chunk at most.
+    fn prompt_slice(&self, turn: usize, beside: bool, budget: &Budget, has_chunk: bool) -> Option<Slice> {
+        let (state, decoder) = (&self.state, self.model.decoder());
+        let (index, turn, layers) = (turn, &state.running[turn], decoder.config().layers);
+        let (start, pending, unscored) = (turn.table.len(), turn.pending(), turn.unscored());
+        let restored = turn.receipt.restored_tokens.min(start);
+        let whole = work(decoder, restored, turn.log.len() - restored, 0..layers);
+        let is_short = whole <= state.pace.per_second() * STEP_SECONDS;
+        let left = if is_short { budget.short } else { budget.long } - budget.spent;
+        if budget.rows == 0 || left <= 0.0 && beside {
+            return None;
+        }
+        let most = if unscored > 0 { SCORED_ROWS_MOST } else { usize::MAX }.min(pending).min(budget.rows);
+        let fit = (left / work(decoder, start, 1, 0..layers)) as usize;
+        let (rows, layers) = match &state.chunk {
+            Some(chunk) if chunk.belongs_to(turn) => {
+                let end = if beside { layers_within(decoder, chunk, left) } else { layers };
+                (chunk.rows, chunk.layers..end)
+            }
+            _ if !beside && budget.spent == 0.0 => (fit.max(STEP_ROWS_LEAST).min(most), 0..layers),
+            _ if fit >= most.min(CHUNK_ROWS) || fit > 0 && unscored > 0 => (fit.min(most), 0..layers),
+            _ if unscored > 0 => (1, 0..layers),
+            _ if !beside || has_chunk || state.chunk.is_some() => return None,
+            _ => {
+                let rows = (left / work(decoder, start, 1, 0..1)) as usize;
+                let rows = rows.clamp(1, most.min(CHUNK_ROWS));
+                let begun = Chunk { since: turn.since(), start, rows, layers: 0, hidden: Vec::new() };
+                (rows, 0..layers_within(decoder, &begun, left))
+            }
+        };
+        let samples = rows == pending && layers.end == decoder.config().layers && turn.spec.max_tokens > 0;
+        let work = work(decoder, start, rows, layers.clone());
+        Some(Slice { turn: index, rows, draft: 0, scored: unscored.min(rows), samples, layers, work })
+    }
+
+    /// The rows that a step without end would have: those that guesses may take are a part of it.
+    pub(super) fn rows_of_a_step(&self) -> usize {
+        let decoder = self.model.decoder();
+        let row = work(decoder, 0, 1, 0..decoder.config().layers);
+        ((self.state.pace.per_second() * STEP_SECONDS / row) as usize).clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST)
+    }
+
+    /// Keeps what a chunk's layers left for the next ones.
+    pub(super) fn keep_chunk(&mut self, slice: &Slice, hidden: Vec<f32>) {
+        let turn = &self.state.running[slice.turn];
+        let (since, start) = (turn.since(), turn.table.len());
+        let is_open = slice.layers.end < self.model.decoder().config().layers;
+        let chunk = Chunk { since, start, rows: slice.rows, layers: slice.layers.end, hidden };
+        self.state.chunk = is_open.then_some(chunk);
+    }
+}
+
+/// What rows from `start` on cost in some layers.
+fn work(decoder: &Decoder, start: usize, rows: usize, layers: Range<usize>) -> f64 {
+    layers.map(|layer| decoder.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
+}
+
+/// Where a chunk is after the layers that the budget allows: at least one.
+fn layers_within(decoder: &Decoder, chunk: &Chunk, budget: f64) -> usize {
+    let (first, mut spent) = (chunk.layers, 0.0);
+    let fits = |layer: &usize| {
+        spent += work(decoder, chunk.start, chunk.rows, *layer..*layer + 1);
+        *layer == first || spent <= budget
+    };
+    first + (first..decoder.config().layers).take_while(fits).count()
+}
