@@ -23,6 +23,9 @@ const MESSAGE_REPEATS: usize = 9;
 /// Sequences that decode together, each with pages of its own, from a depth that a short chat has.
 const SEQUENCES: usize = 8;
 const SEQUENCE_DEPTH: usize = 192;
+/// Branches of one session that decode together, from a depth that they all share: whole pages.
+const BRANCHES: usize = 50;
+const BRANCH_DEPTH: usize = 4096;
 
 /// One sequence, with its pages in plain memory.
 struct Bench {
@@ -41,7 +44,7 @@ impl Bench {
         let layout = decoder.page_layout(KvDtype::F16);
         let positions = DEPTHS[DEPTHS.len() - 1] + CHUNK;
         let page = vec![0u64; layout.page_bytes().div_ceil(8)];
-        let mut memory = vec![page; positions.div_ceil(PAGE_TOKENS)];
+        let mut memory = vec![page; positions.div_ceil(PAGE_TOKENS) + BRANCHES];
         // SAFETY: each vector holds a page and lives as long as the bench, which alone uses it.
         let pages = memory.iter_mut().map(|page| unsafe { PagePtr::new(page.as_mut_ptr().cast()) }).collect();
         let cpu = Cpu::new(threads)?;
@@ -61,16 +64,27 @@ impl Bench {
     }
 
     /// Computes one token of each of [`SEQUENCES`]; returns the seconds it took.
-    fn compute_together(&mut self) -> f64 {
-        let pages_each = SEQUENCE_DEPTH / PAGE_TOKENS + 1;
-        let sequences: Vec<Sequence<'_>> = (0..SEQUENCES)
-            .map(|index| {
-                let pages = &self.pages[index * pages_each..(index + 1) * pages_each];
-                Sequence { pages, first_row: index, rows: 1, start: SEQUENCE_DEPTH }
-            })
-            .collect();
+    fn compute_sequences(&mut self) -> f64 {
+        let tables = self.pages.chunks_exact(SEQUENCE_DEPTH / PAGE_TOKENS + 1).take(SEQUENCES);
+        let tables: Vec<_> = tables.map(<[PagePtr]>::to_vec).collect();
+        self.compute_together(&tables, SEQUENCE_DEPTH)
+    }
+
+    /// Computes one token of each of [`BRANCHES`]; returns the seconds it took.
+    fn compute_branches(&mut self) -> f64 {
+        let (pages, own) = self.pages.split_at(self.pages.len() - BRANCHES);
+        let shared = &pages[..BRANCH_DEPTH / PAGE_TOKENS];
+        let tables: Vec<_> = own.iter().map(|page| [shared, &[*page]].concat()).collect();
+        self.compute_together(&tables, BRANCH_DEPTH)
+    }
+
+    /// Computes the token at `start` of a sequence of each of these pages; returns the seconds it took.
+    fn compute_together(&mut self, tables: &[Vec<PagePtr>], start: usize) -> f64 {
+        let sequence = |(first_row, pages)| Sequence { pages, first_row, rows: 1, start };
+        let sequences: Vec<Sequence<'_>> =
+            tables.iter().map(Vec::as_slice).enumerate().map(sequence).collect();
         let (tokens, rows): (Vec<u32>, Vec<usize>) =
-            (0..SEQUENCES).map(|row| (row as u32 + 100, row)).unzip();
+            (0..tables.len()).map(|row| (row as u32 + 100, row)).unzip();
         let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &rows };
         let begun = Instant::now();
         self.decoder.forward(&self.cpu, &self.layout, &batch, &mut self.work);
@@ -104,11 +118,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         steps.sort_by(f64::total_cmp);
         println!("decode at {depth:<4}       {:>7.1} tokens/s", 1.0 / steps[DECODE_STEPS / 2]);
     }
-    let mut steps: Vec<f64> = (0..DECODE_STEPS).map(|_| bench.compute_together()).collect();
+    let mut steps: Vec<f64> = (0..DECODE_STEPS).map(|_| bench.compute_sequences()).collect();
     steps.sort_by(f64::total_cmp);
     println!(
         "{SEQUENCES} sequences at {SEQUENCE_DEPTH}    {:>7.1} tokens/s",
         SEQUENCES as f64 / steps[DECODE_STEPS / 2]
+    );
+    let mut steps: Vec<f64> = (0..DECODE_STEPS).map(|_| bench.compute_branches()).collect();
+    steps.sort_by(f64::total_cmp);
+    println!(
+        "{BRANCHES} branches at {BRANCH_DEPTH}   {:>7.1} tokens/s",
+        BRANCHES as f64 / steps[DECODE_STEPS / 2]
     );
     for rows in MESSAGES {
         let depth = DEPTHS[DEPTHS.len() - 1];

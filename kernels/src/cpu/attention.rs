@@ -126,6 +126,11 @@ struct Call<'a> {
     partials: Disjoint<'a, f32>,
 }
 
+thread_local! {
+    static PLAN: RefCell<Plan> = RefCell::default();
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
 /// One thread's scratch.
 #[derive(Default)]
 struct Workspace {

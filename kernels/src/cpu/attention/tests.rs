@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use half::f16;
 
 use super::super::{Isa, Pool};
