@@ -51,6 +51,7 @@ fn start(cli: Cli, log: Log) -> Result<ExitCode> {
     log.set(config.log.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // HTTP and clients need little; the cores belong to the engine.
+        .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the threads for input and output")?;
