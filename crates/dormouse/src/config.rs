@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use clap::builder::{BoolishValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
-use dormouse_engine::Speculation;
+use dormouse_engine::{DEFAULT_STUCK_AFTER, Speculation};
 use dormouse_kernels::{KvDtype, Precision};
 use dormouse_store::Durability;
 use serde::Deserialize;
@@ -16,7 +16,6 @@ use crate::faults::Faults;
 use crate::sizes::Bytes;
 
 pub const DEFAULT_PORT: u16 = 8642;
-const DEFAULT_STUCK_AFTER_SECONDS: u64 = 30;
 
 /// Settings as flags or environment variables; every one may be absent.
 #[derive(Clone, Debug, Default, Args)]
@@ -291,9 +290,7 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         disk_quota: flags.disk_quota.or(file.disk_quota),
         durability: flags.durability.or(file.durability).unwrap_or_default(),
         speculation: flags.speculation.or(file.speculation).unwrap_or_default(),
-        stuck_after: Duration::from_secs(
-            flags.stuck_after.or(file.stuck_after).unwrap_or(DEFAULT_STUCK_AFTER_SECONDS),
-        ),
+        stuck_after: flags.stuck_after.or(file.stuck_after).map_or(DEFAULT_STUCK_AFTER, Duration::from_secs),
         log,
         faults: Faults::from_environment()?,
         api_key,

@@ -34,6 +34,9 @@ pub struct Engine {
     inner: Arc<Inner>,
 }
 
+/// How long a step, or a commit, may take unless the options say otherwise.
+pub const DEFAULT_STUCK_AFTER: Duration = Duration::from_secs(30);
+
 /// How an engine behaves.
 pub struct EngineOptions {
     /// Who guesses tokens ahead.
@@ -47,8 +50,7 @@ pub struct EngineOptions {
 
 impl From<DraftSource> for EngineOptions {
     fn from(drafts: DraftSource) -> EngineOptions {
-        let stuck_after = Duration::from_secs(30);
-        EngineOptions { drafts, reopen: None, stuck_after, faults: Faults::default() }
+        EngineOptions { drafts, reopen: None, stuck_after: DEFAULT_STUCK_AFTER, faults: Faults::default() }
     }
 }
 
@@ -78,7 +80,8 @@ impl Drop for Inner {
 }
 
 impl Engine {
-    /// Starts the engine thread, and a task of the runtime it is called in that tells turns' listeners. `page_file` is the catalog's number of the file that `pool` opened.
+    /// Starts the engine thread, and a task of the runtime it is called in that tells turns' listeners. `page_file` is the
+    /// catalog's number of the file that `pool` opened.
     pub fn start(
         model: Arc<Model>,
         cpu: Cpu,

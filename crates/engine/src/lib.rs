@@ -27,7 +27,7 @@ pub use api::{
 pub use dormouse_grammar::{Grammar, GrammarError, GrammarRequest};
 pub use dormouse_kv::{Limits, Realm};
 pub use faults::Faults;
-pub use handle::{Claim, Engine, EngineOptions};
+pub use handle::{Claim, DEFAULT_STUCK_AFTER, Engine, EngineOptions};
 pub use histogram::{Distributions, Histogram};
 pub use output_text::OutputText;
 pub use sampling::Sampling;

@@ -31,4 +31,4 @@ pub use identity::{Identity, Realm};
 pub use pool::{Attached, Limits, PagePool, Probe, Stats, VerifyReport};
 pub use rebuild::OpenReport;
 pub use residency::PageOut;
-pub use table::BlockTable;
+pub use table::{BlockTable, TableId};

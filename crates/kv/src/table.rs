@@ -11,7 +11,7 @@ use crate::{KvError, bytes};
 
 /// Names a live table inside its pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct TableId(pub(crate) u64);
+pub struct TableId(pub(crate) u64);
 
 /// The pages of one sequence, pinned: the path from the tree's root along its tokens, then reserved empty pages.
 ///
@@ -31,6 +31,11 @@ pub struct BlockTable {
 }
 
 impl BlockTable {
+    /// No other table of its pool has had it.
+    pub fn id(&self) -> TableId {
+        self.id
+    }
+
     /// Positions that hold KV.
     pub fn len(&self) -> usize {
         self.len

@@ -220,6 +220,7 @@ mod tests {
         server.await.unwrap().unwrap();
         assert!(tokio::net::TcpStream::connect(address).await.is_err());
     }
+
     #[tokio::test]
     async fn connections_that_send_nothing_make_room_for_those_that_do() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

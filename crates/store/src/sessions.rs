@@ -234,7 +234,8 @@ pub(crate) fn counts(db: &Connection) -> Result<(u64, u64, u64), StoreError> {
     )?)
 }
 
-/// Inserts or replaces the session's row, but for the count of what an existing one has written. A name of another session is `NameTaken`.
+/// Inserts or replaces the session's row, but for the count of what an existing one has written. A name of another
+/// session is `NameTaken`.
 pub(crate) fn save(db: &Connection, session: &SessionRow) -> Result<(), StoreError> {
     let values = params![
         session.id,

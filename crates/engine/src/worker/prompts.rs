@@ -1,8 +1,8 @@
 //! Which pieces of prompts a step reads: all that the step's time allows, and beside turns that decode no more than they bear.
 
 use std::ops::Range;
-use std::time::Instant;
 
+use dormouse_kv::TableId;
 use dormouse_models::decoder::Decoder;
 
 use super::Worker;
@@ -30,8 +30,8 @@ const OLDEST_FIRST_EVERY: u64 = 4;
 
 /// A piece of a prompt that went through the first layers, and waits for a step that takes it on.
 pub(super) struct Chunk {
-    /// Whose it is: no two turns are of the same instant.
-    since: Instant,
+    /// Names the pages that hold what its layers wrote.
+    table: TableId,
     /// Position of its first row, and how many rows.
     start: usize,
     rows: usize,
@@ -43,7 +43,7 @@ pub(super) struct Chunk {
 
 impl Chunk {
     pub fn belongs_to(&self, turn: &Turn) -> bool {
-        self.since == turn.since() && self.start == turn.table.len()
+        self.table == turn.table.id() && self.start == turn.table.len()
     }
 }
 
@@ -137,7 +137,7 @@ impl Worker {
             _ => {
                 let rows = (left / work(decoder, start, 1, 0..1)) as usize;
                 let rows = rows.clamp(1, most.min(CHUNK_ROWS));
-                let begun = Chunk { since: turn.since(), start, rows, layers: 0, hidden: Vec::new() };
+                let begun = Chunk { table: turn.table.id(), start, rows, layers: 0, hidden: Vec::new() };
                 (rows, 0..layers_within(decoder, &begun, left))
             }
         };
@@ -156,9 +156,9 @@ impl Worker {
     /// Keeps what a chunk's layers left for the next ones.
     pub(super) fn keep_chunk(&mut self, slice: &Slice, hidden: Vec<f32>) {
         let turn = &self.state.running[slice.turn];
-        let (since, start) = (turn.since(), turn.table.len());
+        let (table, start) = (turn.table.id(), turn.table.len());
         let is_open = slice.layers.end < self.model.decoder().config().layers;
-        let chunk = Chunk { since, start, rows: slice.rows, layers: slice.layers.end, hidden };
+        let chunk = Chunk { table, start, rows: slice.rows, layers: slice.layers.end, hidden };
         self.state.chunk = is_open.then_some(chunk);
     }
 }
