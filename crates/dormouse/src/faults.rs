@@ -7,6 +7,7 @@
 //! | `compute-panic-in-step:N` | a compute thread panics in step N |
 //! | `slow-step:N:MILLISECONDS` | step N takes as much longer |
 //! | `commit-delay:MILLISECONDS` | every commit waits as long before it syncs its first byte |
+//! | `page-in-delay:MILLISECONDS` | every KV page that has to come from disk takes as much longer |
 //! | `clock-offset:SECONDS` | the clock is wrong by as much; may be negative |
 
 use std::str::FromStr;
@@ -40,6 +41,7 @@ impl Faults {
                 ["compute-panic-in-step", step] => engine.compute_panic_in_step = Some(number(step)?),
                 ["slow-step", step, delay] => engine.slow_step = Some((number(step)?, milliseconds(delay)?)),
                 ["commit-delay", delay] => engine.commit_delay = milliseconds(delay)?,
+                ["page-in-delay", delay] => engine.page_in_delay = milliseconds(delay)?,
                 ["clock-offset", seconds] => faults.clock_offset_seconds = number(seconds)?,
                 _ => bail!("'{fault}' is no fault that can be asked for"),
             }

@@ -13,6 +13,8 @@ pub(crate) enum Work {
     Pages,
     /// Making this many turns' gains durable.
     Commit { turns: usize },
+    /// Reading a page from disk, with so many to be read after it.
+    PageIn { pages: usize },
 }
 
 impl Work {
@@ -21,6 +23,7 @@ impl Work {
             Work::Step { rows } => (rows as u64) << 2,
             Work::Pages => 1,
             Work::Commit { turns } => (turns as u64) << 2 | 2,
+            Work::PageIn { pages } => (pages as u64) << 2 | 3,
         }
     }
 
@@ -29,15 +32,17 @@ impl Work {
         match code & 3 {
             0 => Work::Step { rows: count },
             1 => Work::Pages,
-            _ => Work::Commit { turns: count },
+            2 => Work::Commit { turns: count },
+            _ => Work::PageIn { pages: count },
         }
     }
 
     fn describe(self) -> String {
         match self {
             Work::Step { rows } => format!("a step of {rows} rows"),
-            Work::Pages => "reading KV pages".into(),
+            Work::Pages => "looking after KV pages".into(),
             Work::Commit { turns } => format!("a commit of {turns} turns"),
+            Work::PageIn { pages } => format!("reading a KV page from disk, of {pages},"),
         }
     }
 }
@@ -96,9 +101,10 @@ impl Pulse {
 pub(crate) struct Condition {
     /// Why it cannot serve, if it cannot.
     trouble: Mutex<Option<String>>,
-    /// Of the engine thread, and of the one that writes commits.
+    /// Of the engine thread, of the one that writes commits, and of those that read pages.
     pub engine: Pulse,
     pub disk: Pulse,
+    pub pager: Pulse,
     stuck_after_ms: AtomicU64,
     /// How often it was started again, and how often work lasted too long.
     pub restarts: AtomicU64,
@@ -111,6 +117,7 @@ impl Condition {
             trouble: Mutex::default(),
             engine: Pulse::new(),
             disk: Pulse::new(),
+            pager: Pulse::new(),
             stuck_after_ms: AtomicU64::new(0),
             restarts: AtomicU64::new(0),
             stuck: AtomicU64::new(0),
@@ -144,7 +151,8 @@ impl Condition {
     pub fn unhealthy(&self) -> Option<String> {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let limit = self.stuck_after();
-        let overdue = || self.engine.overdue(limit).or_else(|| self.disk.overdue(limit));
+        let overdue =
+            || [&self.engine, &self.disk, &self.pager].iter().find_map(|pulse| pulse.overdue(limit));
         trouble
             .or_else(|| overdue().map(|overdue| format!("{overdue}, the limit is {} s", limit.as_secs_f64())))
     }
@@ -168,6 +176,10 @@ mod tests {
         condition.disk.end();
         condition.engine.begin(Work::Pages);
         assert_eq!(condition.unhealthy(), None);
+        condition.engine.end();
+        condition.set_stuck_after(Duration::ZERO);
+        condition.pager.begin(Work::PageIn { pages: 7 });
+        assert!(condition.unhealthy().unwrap().starts_with("reading a KV page from disk, of 7, has lasted"));
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct Faults {
     pub slow_step: Option<(u64, Duration)>,
     /// Every commit waits as long before its first byte is synced.
     pub commit_delay: Duration,
+    /// Every page that has to come from disk takes as much longer.
+    pub page_in_delay: Duration,
 }
 
 impl Faults {

@@ -103,7 +103,7 @@ impl Engine {
             line: Arc::clone(&line),
             condition: Arc::clone(&condition),
         };
-        let persister = supervisor.persister().map_err(std::io::Error::other)?;
+        let disk = supervisor.disk_threads().map_err(std::io::Error::other)?;
         let name = model.name.clone();
         watchdog::watch(name.clone(), &condition)?;
         let inner = Inner {
@@ -117,7 +117,7 @@ impl Engine {
         let (outbox, post) = Outbox::new();
         tokio::spawn(post.deliver());
         let parts = Parts { model, cpu, page_file, drafts, stats, limits: None, outbox, stopping: None };
-        let worker = Worker::new(parts, pool, persister, inbox, condition, faults);
+        let worker = Worker::new(parts, pool, disk, inbox, condition, faults);
         std::thread::Builder::new()
             .name(format!("dormouse-engine-{name}"))
             .spawn(move || supervisor.run(worker))?;

@@ -10,6 +10,7 @@ mod histogram;
 mod ngram;
 mod outbox;
 mod output_text;
+mod pager;
 mod persist;
 pub mod sampling;
 mod speculation;

@@ -9,6 +9,7 @@ use dormouse_store::{Durability, StepCommit, Store, StoreError};
 
 use crate::EngineError;
 use crate::condition::{Condition, Work};
+use crate::supervisor::Alarm;
 use crate::worker::Command;
 
 /// One commit on its way to disk.
@@ -61,7 +62,7 @@ impl Persister {
         // what has to leave RAM.
         let (jobs, queue) = mpsc::channel();
         let thread = thread::Builder::new().name("dormouse-persist".into()).spawn(move || {
-            let _notice = Notice(answers.clone());
+            let _alarm = Alarm(answers.clone(), "the thread that writes commits panicked");
             for job in queue {
                 let (group, since) = match job {
                     Job::Commit(group, since) => (group, since),
@@ -97,18 +98,6 @@ impl Persister {
     pub fn page_out(&self, out: PageOut) {
         // Without the thread there are no commits either, and whoever needs one hears of it.
         let _ = self.jobs.as_ref().map(|jobs| jobs.send(Job::PageOut(out)));
-    }
-}
-
-/// Tells the engine that the thread panicked: whoever waits for a commit would wait for ever.
-struct Notice(mpsc::Sender<Command>);
-
-impl Drop for Notice {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            // An engine that is gone waits for nothing.
-            let _ = self.0.send(Command::Broken("the thread that writes commits panicked"));
-        }
     }
 }
 

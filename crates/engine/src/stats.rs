@@ -6,6 +6,9 @@ use crate::{Receipt, Tier};
 pub struct EngineStats {
     pub running: usize,
     pub waiting: usize,
+    /// Turns whose pages are being read from disk, and how fast that goes: bytes per second, 0 before any was read.
+    pub paging_in: usize,
+    pub disk_bytes_per_second: f64,
     /// Turns whose pages others needed, and how often that happened.
     pub paused: usize,
     pub pauses: u64,
@@ -53,9 +56,18 @@ impl EngineStats {
     /// A turn left the queue.
     pub(crate) fn admitted(&mut self, receipt: &Receipt) {
         self.distributions.queue_seconds.observe(receipt.queue_ms / 1e3);
-        if let Some(at) = Tier::ALL.iter().position(|tier| *tier == receipt.tier) {
-            self.tiers[at].turns += 1;
-            self.tiers[at].tokens += receipt.restored_tokens as u64;
-        }
+        self.tier(receipt.tier).turns += 1;
+        self.restored_later(receipt, receipt.restored_tokens);
+    }
+
+    /// A turn has so many tokens' KV that need not be computed.
+    pub(crate) fn restored_later(&mut self, receipt: &Receipt, tokens: usize) {
+        self.restored_tokens += tokens as u64;
+        self.tier(receipt.tier).tokens += tokens as u64;
+    }
+
+    fn tier(&mut self, tier: Tier) -> &mut TierCounts {
+        let at = Tier::ALL.iter().position(|other| *other == tier).expect("every tier is counted");
+        &mut self.tiers[at]
     }
 }

@@ -7,7 +7,7 @@ const ROW_SHARE: f64 = 0.1;
 /// How much variance in the number of rows outweighs that guess.
 const TRUSTED_VARIANCE: f64 = 0.5;
 
-/// A prompt's pace is that of about so many seconds of reading.
+/// A pace is that of about so many seconds of work.
 const PACE_SECONDS: f64 = 0.3;
 
 /// The time of steps of few rows as a line: `fixed + rows × row`. Reading the weights is the fixed part; what is
@@ -59,23 +59,22 @@ impl StepCost {
     }
 }
 
-/// How fast prompts are read, learnt from the steps that read them: work per second, in the decoder's measure of it, which
-/// knows how deep in a prompt a row is. Time and work of the last steps, newer ones counting more: a step that the system
-/// disturbed moves it little.
+/// Work per second, learnt from the last pieces of it, newer ones counting more: one that the system disturbed moves it little.
+/// Of prompts, the work is in the decoder's measure, which knows how deep in a prompt a row is; of disks it is bytes.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PromptPace {
+pub struct Pace {
     work: f64,
     seconds: f64,
 }
 
-impl PromptPace {
+impl Pace {
     /// So much work took so long.
     pub fn observe(&mut self, work: f64, seconds: f64) {
         let seconds = match self.per_second() {
             0.0 => seconds,
             pace => seconds.clamp(work / pace / 3.0, work / pace * 3.0),
         };
-        // By work, not by steps: a whole step of prompt tells more than a few rows beside others.
+        // By work, not by pieces: a whole step of prompt tells more than a few rows beside others.
         let share = (PACE_SECONDS / (self.seconds + seconds)).min(1.0);
         self.work = share * (self.work + work);
         self.seconds = share * (self.seconds + seconds);
@@ -93,7 +92,7 @@ mod tests {
 
     #[test]
     fn the_pace_of_prompts_follows_the_steps_and_outlives_a_disturbance() {
-        let mut pace = PromptPace::default();
+        let mut pace = Pace::default();
         (0..100).for_each(|_| pace.observe(50.0, 0.005));
         assert!((pace.per_second() / 10_000.0 - 1.0).abs() < 0.01, "{pace:?}");
         pace.observe(50.0, 0.5);

@@ -12,6 +12,7 @@ use dormouse_store::{Durability, Store};
 use crate::EngineError;
 use crate::condition::Condition;
 use crate::faults::Faults;
+use crate::pager::Pager;
 use crate::persist::Persister;
 use crate::worker::{Command, Parts, Worker};
 
@@ -76,12 +77,22 @@ enum End {
 }
 
 impl Supervisor {
-    /// A persister for the present incarnation.
-    pub fn persister(&self) -> Result<Persister, String> {
+    /// The threads that wait for the disk, for the present incarnation.
+    pub fn disk_threads(&self) -> Result<(Persister, Pager), String> {
         let answers = self.line.sender().ok_or("the engine has stopped")?;
-        let (store, condition) = (self.store.clone(), Arc::clone(&self.condition));
-        Persister::start(store, self.durability, answers, condition, self.faults.commit_delay)
-            .map_err(|why| format!("the thread that writes commits cannot be started: {why}"))
+        let condition = || Arc::clone(&self.condition);
+        let faults = &self.faults;
+        let persister = Persister::start(
+            self.store.clone(),
+            self.durability,
+            answers.clone(),
+            condition(),
+            faults.commit_delay,
+        )
+        .map_err(|why| format!("the thread that writes commits cannot be started: {why}"))?;
+        let pager = Pager::start(answers, condition(), faults.page_in_delay)
+            .map_err(|why| format!("the thread that reads pages cannot be started: {why}"))?;
+        Ok((persister, pager))
     }
 
     /// Until the engine is told to stop, or cannot be kept up.
@@ -138,14 +149,26 @@ impl Supervisor {
         if let Some(limits) = limits {
             pool.set_limits(limits);
         }
-        let persister = self.persister().map_err(down)?;
+        let disk = self.disk_threads().map_err(down)?;
         let parts = Parts { model: weights, cpu, page_file, drafts, stats, limits, outbox, stopping: None };
         let condition = Arc::clone(&self.condition);
-        let next = Worker::new(parts, pool, persister, commands, condition, self.faults.clone());
+        let next = Worker::new(parts, pool, disk, commands, condition, self.faults.clone());
         self.condition.restarts.fetch_add(1, Ordering::Relaxed);
         self.condition.set_trouble(None);
         tracing::warn!(model, "the engine was started again");
         Ok(next)
+    }
+}
+
+/// Held by a thread that the engine cannot do without: tells it of a panic, as whoever waits for that thread would wait for ever.
+pub(crate) struct Alarm(pub mpsc::Sender<Command>, pub &'static str);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // An engine that is gone waits for nothing.
+            let _ = self.0.send(Command::Broken(self.1));
+        }
     }
 }
 

@@ -29,6 +29,14 @@ pub struct Waiting {
     pub since: Instant,
 }
 
+impl Waiting {
+    /// The tokens whose KV may be restored. The last one is always computed: its logits are what the turn begins with.
+    pub fn restorable(&self) -> &[TokenId] {
+        let scores = self.spec.prompt_logprobs.is_some();
+        &self.spec.log[..if scores { 0 } else { self.spec.log.len() - 1 }]
+    }
+}
+
 /// A turn with pages: it computes, or it waits for its last commit.
 pub struct Turn {
     pub spec: TurnSpec,

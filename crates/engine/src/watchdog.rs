@@ -19,11 +19,12 @@ pub(crate) fn watch(model: String, condition: &Arc<Condition>) -> std::io::Resul
 }
 
 fn look(model: &str, condition: &Weak<Condition>) {
-    let (mut engine, mut disk) = (None, None);
+    let (mut engine, mut disk, mut pager) = (None, None, None);
     while let Some(condition) = condition.upgrade() {
         let limit = condition.stuck_after();
         compare(model, &condition, &condition.engine, &mut engine);
         compare(model, &condition, &condition.disk, &mut disk);
+        compare(model, &condition, &condition.pager, &mut pager);
         drop(condition);
         thread::sleep((limit / 4).clamp(LOOK_LEAST, LOOK_MOST));
     }

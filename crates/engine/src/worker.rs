@@ -2,6 +2,7 @@
 
 mod admission;
 mod commits;
+mod paging;
 mod prompts;
 mod step;
 
@@ -10,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use dormouse_kernels::Cpu;
-use dormouse_kv::{Limits, PagePool, Realm};
+use dormouse_kv::{BlockTable, Found, Limits, PagePool, Realm};
 use dormouse_models::decoder::Activations;
 use dormouse_models::{Model, TokenId};
 use tokio::sync::oneshot;
@@ -18,12 +19,14 @@ use tokio::sync::oneshot;
 use crate::condition::{Condition, Work};
 use crate::faults::Faults;
 use crate::outbox::Outbox;
+use crate::pager::{PagedIn, Pager};
 use crate::persist::{Acknowledgement, Persister};
 use crate::speculation::DraftSource;
-use crate::step_cost::{PromptPace, StepCost};
+use crate::step_cost::{Pace, StepCost};
 use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
 use crate::{Claim, EngineError, EngineStats, Event, FinishReason, Listener, Miss, Receipt, Tier, TurnSpec};
 use admission::Paused;
+use paging::{Coming, Paged, Who};
 use step::Slice;
 
 /// What the engine thread is asked.
@@ -47,6 +50,7 @@ pub enum Command {
     Limit(Limits),
     /// The outcomes of commits that were handed over together, oldest first, and how long they took.
     Persisted(Vec<Acknowledgement>, Duration),
+    PagedIn(PagedIn),
     /// A thread that the engine cannot do without has panicked.
     Broken(&'static str),
     Shutdown(oneshot::Sender<()>),
@@ -59,6 +63,7 @@ pub struct Worker {
     pool: PagePool,
     page_file: i64,
     persister: Persister,
+    pager: Pager,
     drafts: DraftSource,
     commands: mpsc::Receiver<Command>,
     /// What those know who do not wait for this thread.
@@ -90,6 +95,9 @@ struct State {
     running: Vec<Turn>,
     /// Turns whose pages others needed, in the same order.
     paused: Vec<Paused>,
+    /// Pages that are being read from disk, and how many times they were asked for.
+    coming: Vec<Coming>,
+    next_page_in: u64,
     /// Turns that ended and made room that no paused turn has taken yet.
     room: usize,
     /// When the running turns' gains were last sent to disk, all together.
@@ -97,9 +105,10 @@ struct State {
     /// A commit of removals alone is on its way, or the last one failed.
     removals_in_flight: bool,
     removals_failed: Option<EngineError>,
-    /// Of steps without prompts, and of prompts.
+    /// Of steps without prompts, of prompts, and of reading pages.
     cost: StepCost,
-    pace: PromptPace,
+    pace: Pace,
+    disk_pace: Pace,
     /// A piece of a prompt that is between two layers.
     chunk: Option<prompts::Chunk>,
     work: Activations,
@@ -111,7 +120,7 @@ impl Worker {
     pub fn new(
         parts: Parts,
         pool: PagePool,
-        persister: Persister,
+        (persister, pager): (Persister, Pager),
         commands: mpsc::Receiver<Command>,
         condition: Arc<Condition>,
         faults: Faults,
@@ -124,6 +133,7 @@ impl Worker {
             pool,
             page_file,
             persister,
+            pager,
             drafts,
             commands,
             condition,
@@ -187,9 +197,9 @@ impl Worker {
 
     /// After [`Worker::run`]: whoever waits for the end finds the page file closed.
     pub fn close(self) {
-        let Worker { pool, persister, state, mut outbox, .. } = self;
+        let Worker { pool, persister, pager, state, mut outbox, .. } = self;
         outbox.send();
-        drop(persister);
+        drop((persister, pager));
         drop(pool);
         if let Some(answer) = state.stopping {
             let _ = answer.send(());
@@ -205,6 +215,7 @@ impl Worker {
             pool,
             page_file,
             persister,
+            pager,
             drafts,
             commands,
             limits,
@@ -212,7 +223,7 @@ impl Worker {
             mut state,
             ..
         } = self;
-        drop(persister);
+        drop((persister, pager));
         let mut fail = |waiting: Waiting| {
             outbox.put(&waiting.listener, Event::Failed(EngineError::Restarted));
         };
@@ -224,7 +235,7 @@ impl Worker {
                 _ => {}
             }
         }
-        state.queue.drain(..).for_each(fail);
+        state.queue.drain(..).chain(state.coming.drain(..).filter_map(Coming::waiting)).for_each(fail);
         for mut turn in state.running.into_iter().chain(state.paused.into_iter().map(|paused| paused.turn)) {
             turn.fail_commit(EngineError::Restarted);
             drop(turn.close(&mut outbox));
@@ -282,15 +293,15 @@ impl Worker {
             Command::Park(realm, log, answer) => {
                 let _ = answer.send(self.pool.park(realm, &log));
             }
-            Command::Resume { realm, log, dry_run, answer } => {
-                let receipt = if dry_run {
-                    self.estimate(realm, &log)
-                } else {
-                    let (table, receipt) = self.restore(realm, &log);
-                    self.pool.release(table);
-                    receipt
-                };
-                let _ = answer.send(receipt);
+            Command::Resume { realm, log, dry_run: true, answer } => {
+                let _ = answer.send(self.estimate(realm, &log));
+            }
+            Command::Resume { realm, log, dry_run: false, answer } => {
+                let found = self.pool.find(realm, &log);
+                match self.pool.page_in(&found) {
+                    Some(pages) => self.page_in(pages, Who::Resume { realm, log, answer }),
+                    None => self.bring(realm, &log, Paged::default(), answer),
+                }
             }
             Command::Stats(answer) => {
                 let state = &self.state;
@@ -298,6 +309,8 @@ impl Worker {
                     running: state.running.len(),
                     paused: state.paused.len(),
                     waiting: state.queue.len(),
+                    paging_in: state.coming.len(),
+                    disk_bytes_per_second: state.disk_pace.per_second(),
                     kv: self.pool.stats(),
                     ..state.stats.clone()
                 });
@@ -310,6 +323,7 @@ impl Worker {
                 self.state.stats.distributions.commit_seconds.observe(took.as_secs_f64());
                 self.acknowledge(group);
             }
+            Command::PagedIn(paged) => self.paged_in(paged),
             // What broke there cannot be mended here: the supervisor builds all of it again.
             Command::Broken(what) => panic!("{what}"),
             Command::Shutdown(answer) => self.stop(answer),
@@ -318,7 +332,8 @@ impl Worker {
 
     fn stop(&mut self, answer: oneshot::Sender<()>) {
         self.state.stopping = Some(answer);
-        for waiting in self.state.queue.drain(..) {
+        let coming = self.state.coming.drain(..).filter_map(Coming::waiting);
+        for waiting in self.state.queue.drain(..).chain(coming) {
             self.outbox.put(&waiting.listener, Event::Failed(EngineError::Stopped));
         }
         self.end_all_paused(&Ending::Fail(EngineError::Stopped));
@@ -331,17 +346,24 @@ impl Worker {
         self.end_paused(id, Ending::Finish(FinishReason::Cancelled));
         if let Some(turn) = self.state.running.iter_mut().find(|turn| turn.spec.turn == id) {
             turn.end(Ending::Finish(FinishReason::Cancelled));
-        } else if let Some(at) = self.state.queue.iter().position(|waiting| waiting.spec.turn == id)
-            && let Some(waiting) = self.state.queue.remove(at)
-        {
+        } else if let Some(waiting) = self.take_waiting(id) {
             // It never ran: it ends with what its log already held.
             let receipt =
                 Receipt { session: waiting.spec.session.clone(), exact: true, ..Receipt::default() };
-            let (table, _) = self.restore(waiting.spec.realm, &[]);
+            let table = self.pool.attach(waiting.spec.realm, &[]).table;
             let mut turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
             turn.end(Ending::Finish(FinishReason::Cancelled));
             self.state.running.push(turn);
         }
+    }
+
+    /// A turn that has no pages yet.
+    fn take_waiting(&mut self, id: &str) -> Option<Waiting> {
+        if let Some(at) = self.state.queue.iter().position(|waiting| waiting.spec.turn == id) {
+            return self.state.queue.remove(at);
+        }
+        let at = self.state.coming.iter().position(|coming| coming.waits(id))?;
+        self.state.coming.remove(at).waiting()
     }
 
     fn claim(&mut self, realm: Realm, log: &[TokenId]) -> Result<Claim, EngineError> {
@@ -354,32 +376,41 @@ impl Worker {
 
     /// What restoring this log would find and read.
     fn estimate(&self, realm: Realm, log: &[TokenId]) -> Receipt {
-        /// Bytes per second of a modest solid-state disk.
+        /// Bytes per second of a modest solid-state disk, before this one's were measured.
         const DISK_RATE: f64 = 1e9;
-        let probe = self.pool.probe(realm, log);
+        let found = self.pool.find(realm, log);
+        let measured = self.state.disk_pace.per_second();
+        let rate = if measured > 0.0 { measured } else { DISK_RATE };
         Receipt {
-            restored_tokens: probe.tokens,
-            tier: tier(probe.tokens, probe.non_resident_bytes > 0),
-            restore_ms: probe.non_resident_bytes as f64 / DISK_RATE * 1e3,
-            bytes_read: probe.non_resident_bytes,
+            restored_tokens: found.tokens(),
+            tier: tier(found.tokens(), found.missing_bytes() > 0),
+            restore_ms: found.missing_bytes() as f64 / rate * 1e3,
+            bytes_read: found.missing_bytes(),
             exact: true,
             ..Receipt::default()
         }
     }
 
-    /// Maps and checks the pages of this log. The table's pages stay pinned until the caller releases it.
-    fn restore(&mut self, realm: Realm, log: &[TokenId]) -> (dormouse_kv::BlockTable, Receipt) {
+    /// Maps and checks the pages that were found of this log. The table's pages stay pinned until the caller releases it.
+    fn restore(
+        &mut self,
+        realm: Realm,
+        log: &[TokenId],
+        found: Found,
+        paged: Paged,
+    ) -> (BlockTable, Receipt) {
         let begun = Instant::now();
-        let attached = self.pool.attach(realm, log);
-        let took = begun.elapsed().as_secs_f64();
+        let attached = self.pool.attach_found(realm, log, found);
+        let took = (begun.elapsed() + paged.took).as_secs_f64();
         if attached.restored > 0 {
             self.state.stats.distributions.restore_seconds.observe(took);
         }
+        let bytes_read = attached.bytes_read + paged.bytes;
         let receipt = Receipt {
             restored_tokens: attached.restored,
-            tier: tier(attached.restored, attached.from_disk),
+            tier: tier(attached.restored, bytes_read > 0),
             restore_ms: took * 1e3,
-            bytes_read: attached.bytes_read,
+            bytes_read,
             exact: true,
             miss: (!attached.damaged.is_empty()).then(|| Miss {
                 reason: "page_damaged".into(),

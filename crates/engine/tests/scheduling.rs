@@ -6,16 +6,6 @@ mod common;
 
 use common::*;
 
-/// `count` tokens of prose that begins like no other.
-fn prose(seed: usize, count: usize) -> Vec<u32> {
-    let words = ["harbour", "lantern", "winter", "copper", "letter", "garden", "thunder", "bread"];
-    let line =
-        |n: usize| format!("{} {} and the {} of {}. ", words[(n * 7 + seed) % 8], n, words[n * 5 % 8], seed);
-    let mut prose = tokens(&(0..count).map(line).collect::<String>());
-    prose.truncate(count);
-    prose
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_turn_whose_pages_others_need_pauses_and_says_the_same() {
     let roomy = Rig::new(PLAIN);

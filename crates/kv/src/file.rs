@@ -135,6 +135,14 @@ impl PageFile {
         extent.map.as_mut_ptr().wrapping_add(offset)
     }
 
+    /// Writes one slot's bytes to another's place in the file without reading what was there; mappings show them at once.
+    pub(crate) fn copy_slot(&self, from: u32, to: u32) -> std::io::Result<()> {
+        assert_ne!(from, to);
+        // SAFETY: the slot is mapped, and nobody writes it while the pool is borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts(self.slot_ptr(from), self.header.slot_bytes) };
+        std::os::unix::fs::FileExt::write_all_at(&*self.file, bytes, self.offset_of(to))
+    }
+
     /// The mapped ranges of `slots`, neighbours merged so that system calls are few and reads large.
     pub(crate) fn ranges(&self, slots: impl IntoIterator<Item = u32>) -> Vec<MappedRange> {
         let mut slots: Vec<u32> = slots.into_iter().collect();

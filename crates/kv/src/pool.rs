@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use dormouse_kernels::{PAGE_TOKENS, PageLayout};
 use dormouse_store::{PageRow, RemovedPage};
@@ -13,7 +13,7 @@ use crate::commit::InFlight;
 use crate::file::{MappedRange, PageFile};
 use crate::identity::{Chain, Realm};
 use crate::rebuild::{OpenReport, rebuild};
-use crate::residency::PageOut;
+use crate::residency::{PageIn, PageOut};
 use crate::table::{BlockTable, TableId};
 use crate::tree::{Path as TreePath, Tree};
 use crate::{Identity, KvError};
@@ -75,13 +75,28 @@ pub struct Attached {
     pub from_disk: bool,
 }
 
-/// What [`PagePool::attach`] would find, as far as can be told without reading pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Probe {
-    /// Tokens whose KV would be restored.
-    pub tokens: usize,
-    pub resident_bytes: u64,
-    pub non_resident_bytes: u64,
+/// The pages that hold the longest prefix of some tokens that its realm knows, as they were when [`PagePool::find`] looked.
+#[derive(Debug)]
+pub struct Found {
+    path: TreePath,
+    bytes: u64,
+    missing: u64,
+}
+
+impl Found {
+    /// Tokens whose KV can be restored.
+    pub fn tokens(&self) -> usize {
+        self.path.covered
+    }
+
+    pub fn resident_bytes(&self) -> u64 {
+        self.bytes - self.missing
+    }
+
+    /// Bytes that are not in RAM.
+    pub fn missing_bytes(&self) -> u64 {
+        self.missing
+    }
 }
 
 /// What [`PagePool::verify_all`] found.
@@ -122,11 +137,6 @@ pub struct Stats {
     /// Pages in RAM, as far as this process has asked for them, and those whose RAM was given back to stay within the budget.
     pub slots_in_ram: usize,
     pub paged_out: u64,
-}
-
-pub(crate) struct Loaded {
-    pub(crate) bytes_read: u64,
-    pub(crate) unreadable: Vec<u32>,
 }
 
 impl PagePool {
@@ -188,26 +198,59 @@ impl PagePool {
         self.file.layout()
     }
 
+    /// Looks for the pages that hold the longest prefix of `tokens` that the realm knows, without reading any. They cover
+    /// `tokens.len()` positions at most: pass what may be restored.
+    pub fn find(&self, realm: Realm, tokens: &[u32]) -> Found {
+        let path = self.tree.walk(realm, tokens);
+        let ranges = self.file.ranges(path.slots.iter().copied());
+        let bytes = ranges.iter().map(|range| range.len as u64).sum();
+        Found { missing: bytes - resident_bytes(&ranges), bytes, path }
+    }
+
+    /// What is to be read before [`PagePool::attach`] finds it all in RAM; None when it would now.
+    pub fn page_in(&self, found: &Found) -> Option<PageIn> {
+        if found.missing == 0 {
+            return None;
+        }
+        let mut pages: Vec<MappedRange> =
+            found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot])).collect();
+        let first = pages.iter().position(MappedRange::is_missing).unwrap_or(0);
+        let pages = pages.split_off(first);
+        Some(PageIn {
+            unread: AtomicUsize::new(pages.len()),
+            computed: AtomicUsize::new(0),
+            path: self.path().to_path_buf(),
+            pages,
+            first,
+        })
+    }
+
     /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,
-    /// checked and pinned. It covers `tokens.len()` positions at most: pass what may be restored.
+    /// checked and pinned.
     pub fn attach(&mut self, realm: Realm, tokens: &[u32]) -> Attached {
+        let found = self.find(realm, tokens);
+        self.attach_found(realm, tokens, found)
+    }
+
+    /// [`PagePool::attach`] of what was just found; nothing was changed in between.
+    pub fn attach_found(&mut self, realm: Realm, tokens: &[u32], found: Found) -> Attached {
         let (mut damaged, mut bytes_read) = (Vec::new(), 0);
-        let path = loop {
-            let mut path = self.tree.walk(realm, tokens);
-            let loaded = self.load(&path.slots);
-            bytes_read += loaded.bytes_read;
-            self.verify_together(&path.slots, &loaded.unreadable);
-            let bad =
-                path.slots.iter().position(|slot| loaded.unreadable.contains(slot) || !self.verify(*slot));
-            let Some(index) = bad else { break path };
+        let Found { mut path, mut missing, .. } = found;
+        loop {
+            let unreadable = self.load(&path.slots, missing > 0);
+            bytes_read += missing;
+            self.verify_together(&path.slots, &unreadable);
+            let bad = path.slots.iter().position(|slot| unreadable.contains(slot) || !self.verify(*slot));
+            let Some(index) = bad else { break };
             damaged.push(path.slots[index]);
             if !self.cut(path.slots[index]) {
                 // A live table checked this page before the disk failed; it cannot be removed under it.
                 path.slots.truncate(index);
                 path.covered = index * PAGE_TOKENS;
-                break path;
+                break;
             }
-        };
+            Found { path, missing, .. } = self.find(realm, tokens);
+        }
         let now = self.tick();
         for slot in &path.slots {
             let node = self.tree.node_mut(*slot);
@@ -221,24 +264,6 @@ impl PagePool {
         let root = self.tree.chain.root(realm);
         let table = BlockTable { id, root, nodes: path.slots, blanks: VecDeque::new(), len: path.covered };
         Attached { restored: table.len, table, damaged, bytes_read, from_disk: bytes_read > 0 }
-    }
-
-    /// What attaching would restore, and how much of it is in RAM.
-    pub fn probe(&self, realm: Realm, tokens: &[u32]) -> Probe {
-        let TreePath { slots, covered } = self.tree.walk(realm, tokens);
-        let ranges = self.file.ranges(slots);
-        let bytes: u64 = ranges.iter().map(|range| range.len as u64).sum();
-        let resident_bytes = resident_bytes(&ranges);
-        Probe { tokens: covered, resident_bytes, non_resident_bytes: bytes - resident_bytes }
-    }
-
-    /// Starts reading the pages of `tokens` into RAM, without waiting.
-    pub fn prefetch(&self, realm: Realm, tokens: &[u32]) {
-        for range in self.file.ranges(self.tree.walk(realm, tokens).slots) {
-            if let Err(error) = range.read_ahead() {
-                tracing::warn!(path = %self.path().display(), %error, "could not read KV pages ahead");
-            }
-        }
     }
 
     /// Gives back the RAM of the pages of `tokens` that no live table uses and returns how many bytes that were.
@@ -337,14 +362,12 @@ impl PagePool {
         self.clock
     }
 
-    /// Reads pages that are not in RAM or were not used since the file was opened, in large reads.
-    pub(crate) fn load(&mut self, slots: &[u32]) -> Loaded {
-        let mut loaded = Loaded { bytes_read: 0, unreadable: Vec::new() };
-        for range in self.file.ranges(slots.iter().copied()) {
-            loaded.bytes_read += range.len as u64 - range.resident_bytes();
-        }
-        let unmapped = slots.iter().copied().filter(|slot| !self.tree.node(*slot).mapped);
-        let wanted: Vec<u32> = if loaded.bytes_read > 0 { slots.to_vec() } else { unmapped.collect() };
+    /// Reads pages in large reads: all of them where some are not in RAM, else those that were not used since the file was
+    /// opened. The slots of those that cannot be read.
+    pub(crate) fn load(&mut self, slots: &[u32], some_are_missing: bool) -> Vec<u32> {
+        let is_wanted = |slot: &u32| some_are_missing || !self.tree.node(*slot).mapped;
+        let wanted: Vec<u32> = slots.iter().copied().filter(is_wanted).collect();
+        let mut unreadable = Vec::new();
         let file = &self.file;
         let failed = in_parallel(&wanted, |slots| {
             file.ranges(slots.iter().copied()).iter().any(|range| range.populate().is_err())
@@ -355,12 +378,12 @@ impl PagePool {
                 && let Some(error) = self.file.ranges([slot]).iter().find_map(|range| range.populate().err())
             {
                 tracing::error!(path = %self.path().display(), slot, %error, "could not read a KV page");
-                loaded.unreadable.push(slot);
+                unreadable.push(slot);
             } else {
                 self.tree.node_mut(slot).mapped = true;
             }
         }
-        loaded
+        unreadable
     }
 
     /// Compares the checksums of many pages at once; what is wrong is left for [`PagePool::verify`] to report.

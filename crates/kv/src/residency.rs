@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memmap2::{Advice, UncheckedAdvice};
 
@@ -28,6 +29,63 @@ impl PageOut {
                 tracing::warn!(path = %self.path.display(), %error, "could not give back RAM of KV pages");
             }
         }
+    }
+}
+
+/// Pages of a sequence that are to come into RAM, for threads that may wait for the disk. The last page is read first: who
+/// computes the sequence meanwhile, from its beginning, meets what was read, and the rest needs no disk.
+#[derive(Debug)]
+pub struct PageIn {
+    /// In the order of the sequence, from its page `first` on.
+    pub(crate) pages: Vec<MappedRange>,
+    pub(crate) first: usize,
+    pub(crate) path: PathBuf,
+    /// How many of `pages`, counted from the front, nobody has begun to read.
+    pub(crate) unread: AtomicUsize,
+    /// How many pages of the sequence are there without the disk.
+    pub(crate) computed: AtomicUsize,
+}
+
+impl PageIn {
+    /// The sequence's first page that is read.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Pages that nobody has begun to read.
+    pub fn unread(&self) -> usize {
+        self.unread.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that are not in RAM.
+    pub fn missing_bytes(&self) -> u64 {
+        self.pages.iter().map(|page| page.len as u64 - page.resident_bytes()).sum()
+    }
+
+    /// Reads one more page. False when none is left that needs to be.
+    pub fn read_one(&self) -> bool {
+        let take = |unread: usize| {
+            let wanted = unread > 0 && self.first + unread > self.computed.load(Ordering::Relaxed);
+            wanted.then(|| unread - 1)
+        };
+        let Ok(unread) = self.unread.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) else {
+            return false;
+        };
+        if let Err(error) = self.pages[unread - 1].populate() {
+            // Attaching meets it again, and knows what to do about it.
+            tracing::warn!(path = %self.path.display(), %error, "could not read a KV page ahead");
+        }
+        true
+    }
+
+    /// The sequence's first `pages` have been computed.
+    pub fn computed(&self, pages: usize) {
+        self.computed.fetch_max(pages, Ordering::Relaxed);
+    }
+
+    /// Nobody needs the rest any more.
+    pub fn give_up(&self) {
+        self.computed(usize::MAX);
     }
 }
 
@@ -64,6 +122,10 @@ impl MappedRange {
         resident
     }
 
+    pub(crate) fn is_missing(&self) -> bool {
+        self.resident_bytes() < self.len as u64
+    }
+
     /// Reads the whole range into RAM and maps it, in large reads.
     ///
     /// # Errors
@@ -74,11 +136,6 @@ impl MappedRange {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {} // before Linux 5.14
             result => return result,
         }
-        self.read_ahead()
-    }
-
-    /// Starts reading the range into RAM without waiting for it.
-    pub(crate) fn read_ahead(&self) -> io::Result<()> {
         self.extent.map.advise_range(Advice::WillNeed, self.offset, self.len)
     }
 

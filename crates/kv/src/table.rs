@@ -138,7 +138,7 @@ impl PagePool {
         let slot = table.blanks.pop_front().expect("positions are reserved before they are advanced over");
         let place = table.nodes.last().map_or(After::Root(table.root), |slot| After::Page(*slot));
         let sealed = tokens.len() == PAGE_TOKENS;
-        if sealed && let Some(twin) = self.usable_twin(place, tokens) {
+        if sealed && let Some(twin) = self.usable_twin(place, tokens, slot) {
             self.tree.node_mut(twin).pins += 1;
             self.free_slot(slot);
             table.nodes.push(twin);
@@ -161,7 +161,7 @@ impl PagePool {
         if sealed {
             let (parent, place) = (node.parent, node.after());
             let whole = [&node.tokens, tokens].concat();
-            if let Some(twin) = self.usable_twin(place, &whole) {
+            if let Some(twin) = self.usable_twin(place, &whole, slot) {
                 self.tree.node_mut(twin).pins += 1;
                 *table.nodes.last_mut().expect("a partial page is a page") = twin;
                 let now = self.tick();
@@ -243,16 +243,37 @@ impl PagePool {
         }
     }
 
-    /// A sealed page of the same tokens that may be used instead of a new one.
-    fn usable_twin(&mut self, place: After, tokens: &[u32]) -> Option<u32> {
+    /// A sealed page of the same tokens that may be used instead of `own`, which was just computed. Where it is not in RAM, its
+    /// bytes come from there and not from disk.
+    fn usable_twin(&mut self, place: After, tokens: &[u32], own: u32) -> Option<u32> {
         let twin = self.tree.find_sealed(place, tokens)?;
+        let missing = self.file.ranges([twin])[0].is_missing();
+        if missing && self.rewrite(twin, own) {
+            return Some(twin);
+        }
         if !self.tree.node(twin).verified {
-            let loaded = self.load(&[twin]);
-            if loaded.unreadable.contains(&twin) || !self.verify(twin) {
+            let unreadable = self.load(&[twin], missing);
+            if !unreadable.is_empty() || !self.verify(twin) {
                 self.cut(twin);
                 return None;
             }
         }
         Some(twin)
+    }
+
+    /// Writes a page's bytes over those of its committed twin on disk, if they are the same ones.
+    fn rewrite(&mut self, twin: u32, own: u32) -> bool {
+        let node = self.tree.node(twin);
+        let (committed, expected) = (node.committed, node.checksum);
+        // SAFETY: `own` is mapped, and its table is done with writing it: all of its positions are computed.
+        let found = unsafe { bytes::checksum(self.file.layout(), self.file.slot_ptr(own), PAGE_TOKENS) };
+        let same = committed == PAGE_TOKENS && found == expected;
+        if !same || self.file.copy_slot(own, twin).is_err() {
+            // It is read, as if nobody had computed it; whatever is wrong shows there.
+            return false;
+        }
+        let node = self.tree.node_mut(twin);
+        (node.verified, node.mapped) = (true, true);
+        true
     }
 }

@@ -8,6 +8,7 @@
 //! | `dormouse_sessions{status}` | sessions in the database |
 //! | `dormouse_healthy` | 1 when turns are served |
 //! | `dormouse_turns_running{model}`, `dormouse_turns_waiting{model}` | turns in the engine |
+//! | `dormouse_turns_paging_in{model}`, `dormouse_disk_bytes_per_second{model}` | turns whose pages are being read from disk, and how fast they last came |
 //! | `dormouse_turns_paused{model}`, `dormouse_pauses_total{model}` | turns whose pages others needed |
 //! | `dormouse_steps_total{model}` | forward passes |
 //! | `dormouse_prompt_tokens_computed_total{model}` | prompt tokens computed |
@@ -20,7 +21,7 @@
 //! | `dormouse_queue_seconds{model}` | histogram: from submission to the first page |
 //! | `dormouse_time_to_first_token_seconds{model}` | histogram: from submission to the first token |
 //! | `dormouse_inter_token_seconds{model}` | histogram: between two tokens of a turn |
-//! | `dormouse_restore_seconds{model}` | histogram: mapping and checking the pages of a turn that found some |
+//! | `dormouse_restore_seconds{model}` | histogram: reading, mapping and checking the pages of a turn that found some |
 //! | `dormouse_step_seconds{model}`, `dormouse_step_rows{model}` | histograms: forward passes, and the rows in them |
 //! | `dormouse_commit_seconds{model}` | histogram: from a commit's handover to the disk's answer |
 //! | `dormouse_turns_by_tier_total{model,tier}` | turns by where their KV was found: none, ram, disk, device |
@@ -102,6 +103,12 @@ type Metric = (&'static str, &'static str, &'static str, fn(&EngineStats) -> u64
 const METRICS: &[Metric] = &[
     ("dormouse_turns_running", "gauge", "Turns being computed", |it| it.running as u64),
     ("dormouse_turns_waiting", "gauge", "Turns waiting to be computed", |it| it.waiting as u64),
+    ("dormouse_turns_paging_in", "gauge", "Turns whose pages are being read from disk", |it| {
+        it.paging_in as u64
+    }),
+    ("dormouse_disk_bytes_per_second", "gauge", "How fast pages last came from disk", |it| {
+        it.disk_bytes_per_second as u64
+    }),
     ("dormouse_turns_paused", "gauge", "Turns whose pages others needed", |it| it.paused as u64),
     ("dormouse_pauses_total", "counter", "Times a turn gave its pages to others", |it| it.pauses),
     ("dormouse_steps_total", "counter", "Forward passes", |it| it.steps),
@@ -147,7 +154,7 @@ const DISTRIBUTIONS: &[Distribution] = &[
     ("dormouse_inter_token_seconds", "Between two tokens of a turn", |it| {
         &it.distributions.inter_token_seconds
     }),
-    ("dormouse_restore_seconds", "Mapping and checking the pages of a turn that found some", |it| {
+    ("dormouse_restore_seconds", "Reading, mapping and checking the pages of a turn that found some", |it| {
         &it.distributions.restore_seconds
     }),
     ("dormouse_step_seconds", "Forward passes", |it| &it.distributions.step_seconds),

@@ -4,10 +4,12 @@ use std::cmp::Reverse;
 use std::time::Instant;
 
 use dormouse_kernels::PAGE_TOKENS;
+use dormouse_kv::Found;
 
 use super::Worker;
-use crate::turn::{Ending, Turn};
-use crate::{EngineError, Event, Miss, Receipt, TurnSpec};
+use super::paging::{Paged, Who};
+use crate::turn::{Ending, Turn, Waiting};
+use crate::{EngineError, Event, Miss, Receipt, Tier, TurnSpec};
 
 /// Turns that hold pages at once; the others wait in the queue.
 const RUNNING_MOST: usize = 64;
@@ -22,8 +24,11 @@ pub(super) struct Paused {
 impl Worker {
     /// Gives pages to turns while there is room: to paused ones, and when there are none to waiting ones. Whether any got some.
     pub(super) fn admit(&mut self) -> bool {
+        self.meet();
         let mut admitted = self.go_on();
-        while self.state.paused.is_empty() && self.state.running.len() < RUNNING_MOST {
+        while self.state.paused.is_empty()
+            && self.state.running.len() + self.state.coming.len() < RUNNING_MOST
+        {
             let Some(waiting) = self.next_waiting().and_then(|at| self.state.queue.remove(at)) else {
                 break;
             };
@@ -36,33 +41,42 @@ impl Worker {
                 continue;
             }
             let queue_ms = waiting.since.elapsed().as_secs_f64() * 1e3;
-            // The last token is always computed: its logits are what the turn begins with.
-            let restorable = if spec.prompt_logprobs.is_some() { 0 } else { spec.log.len() - 1 };
-            let (mut table, restored) = self.restore(spec.realm, &spec.log[..restorable]);
-            self.pool.set_claim(&mut table, spec.claim);
-            let covered = spec.covered.min(spec.log.len() - 1);
-            let receipt = Receipt {
-                session: spec.session.clone(),
-                recomputed_tokens: covered.saturating_sub(restored.restored_tokens),
-                queue_ms,
-                miss: restored.miss.or_else(|| {
-                    (restored.restored_tokens < covered).then(|| Miss {
-                        reason: "page_evicted".into(),
-                        at_token: restored.restored_tokens,
-                        at_message: None,
-                    })
-                }),
-                ..restored
-            };
-            let stats = &mut self.state.stats;
-            stats.restored_tokens += receipt.restored_tokens as u64;
-            stats.recomputed_tokens += receipt.recomputed_tokens as u64;
-            stats.restored_bytes_read += receipt.bytes_read;
-            stats.admitted(&receipt);
-            let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
-            self.run_turn(turn);
+            let found = self.pool.find(spec.realm, waiting.restorable());
+            match self.pool.page_in(&found) {
+                None => self.begin(waiting, found, queue_ms, Some(Paged::default())),
+                Some(pages) if self.computes_meanwhile(&pages, found.tokens()) => {
+                    let there = &waiting.restorable()[..pages.first() * PAGE_TOKENS];
+                    let (turn, found) = (spec.turn.clone(), self.pool.find(spec.realm, there));
+                    self.begin(waiting, found, queue_ms, None);
+                    self.page_in(pages, Who::Running(turn));
+                }
+                Some(pages) => self.page_in(pages, Who::Waiting { waiting: Box::new(waiting), queue_ms }),
+            }
         }
         admitted
+    }
+
+    /// Gives a turn the pages that were found for it. `paged`: what was read for that before; None where more is being read.
+    pub(super) fn begin(&mut self, waiting: Waiting, found: Found, queue_ms: f64, paged: Option<Paged>) {
+        let spec = &waiting.spec;
+        let log = &waiting.restorable()[..found.tokens()];
+        let (mut table, restored) = self.restore(spec.realm, log, found, paged.unwrap_or_default());
+        self.pool.set_claim(&mut table, spec.claim);
+        let lost = spec.covered.min(spec.log.len() - 1).saturating_sub(restored.restored_tokens);
+        let evicted =
+            || Miss { reason: "page_evicted".into(), at_token: restored.restored_tokens, at_message: None };
+        let miss = restored.miss.clone().or_else(|| (lost > 0 && paged.is_some()).then(evicted));
+        let tier = if paged.is_none() { Tier::Disk } else { restored.tier };
+        let session = spec.session.clone();
+        let receipt = Receipt { session, recomputed_tokens: lost, queue_ms, miss, tier, ..restored };
+        let stats = &mut self.state.stats;
+        if paged.is_some() {
+            stats.recomputed_tokens += lost as u64;
+        }
+        stats.restored_bytes_read += receipt.bytes_read;
+        stats.admitted(&receipt);
+        let turn = Turn::new(&self.model, &self.drafts, waiting, table, receipt);
+        self.run_turn(turn);
     }
 
     /// The queue's next turn: interactive ones before background ones, then the tenant with the fewest turns running, then
@@ -116,7 +130,9 @@ impl Worker {
             self.state.room = self.state.room.saturating_sub(1);
             let mut turn = self.wake(0);
             let known = turn.log.len() - 1;
-            let (table, restored) = self.restore(turn.spec.realm, &turn.log[..known]);
+            let found = self.pool.find(turn.spec.realm, &turn.log[..known]);
+            let (table, restored) =
+                self.restore(turn.spec.realm, &turn.log[..known], found, Paged::default());
             let empty = std::mem::replace(&mut turn.table, table);
             self.pool.replace(empty, &mut turn.table);
             turn.named = turn.table.len();

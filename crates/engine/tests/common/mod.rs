@@ -51,6 +51,16 @@ pub fn tokens(text: &str) -> Vec<TokenId> {
     model(CONTEXT).tokenizer().encode(text, Specials::Parse, false).unwrap()
 }
 
+/// `count` tokens of prose that begins like no other.
+pub fn prose(seed: usize, count: usize) -> Vec<u32> {
+    let words = ["harbour", "lantern", "winter", "copper", "letter", "garden", "thunder", "bread"];
+    let line =
+        |n: usize| format!("{} {} and the {} of {}. ", words[(n * 7 + seed) % 8], n, words[n * 5 % 8], seed);
+    let mut prose = tokens(&(0..count).map(line).collect::<String>());
+    prose.truncate(count);
+    prose
+}
+
 pub const PLAIN: DraftSource = DraftSource::Speculation(Speculation::Off);
 pub const NGRAM: DraftSource = DraftSource::Speculation(Speculation::Ngram);
 
@@ -162,7 +172,7 @@ impl Rig {
     /// With a page file that may grow to `quota_bytes`.
     pub fn within(
         directory: tempfile::TempDir,
-        guesser: DraftSource,
+        options: impl Into<EngineOptions>,
         context: usize,
         quota_bytes: u64,
     ) -> Rig {
@@ -176,7 +186,7 @@ impl Rig {
         let limits = Limits { quota_bytes, ram_bytes: None };
         let (rows, claims) = (store.load_pages(file).unwrap(), store.claims(file).unwrap());
         let (pool, _) = PagePool::open(&path, identity, *model.layout(), limits, rows, claims).unwrap();
-        let engine = Engine::start(model, cpu, pool, file, store.clone(), durability, guesser).unwrap();
+        let engine = Engine::start(model, cpu, pool, file, store.clone(), durability, options).unwrap();
         Rig { engine, store, file, _directory: directory }
     }
 

@@ -75,6 +75,11 @@ impl Rig {
         self.folder.path().join("pages.kv")
     }
 
+    /// Its file system keeps all files in RAM: there is no disk to give pages to.
+    fn is_in_ram(&self) -> bool {
+        rustix::fs::statfs(self.folder.path()).unwrap().f_type == 0x0102_1994
+    }
+
     fn try_open(&self) -> Result<(PagePool, OpenReport), KvError> {
         let limits =
             Limits { quota_bytes: self.quota_slots * LAYOUT.page_bytes() as u64, ram_bytes: self.ram_bytes };

@@ -159,11 +159,11 @@ impl World {
             }
             Operation::Park { session } => {
                 let log = &self.sessions[session].log;
-                let before = self.pool.probe(realm(session), log);
+                let before = self.pool.find(realm(session), log);
                 let released = self.pool.park(realm(session), log);
-                let after = self.pool.probe(realm(session), log);
-                assert_eq!(before.tokens, after.tokens);
-                assert!(after.resident_bytes + released <= before.resident_bytes);
+                let after = self.pool.find(realm(session), log);
+                assert_eq!(before.tokens(), after.tokens());
+                assert!(after.resident_bytes() + released <= before.resident_bytes());
             }
             Operation::Delete { session } => self.delete(session),
             Operation::Crash { durable, scramble } => self.crash(durable, |world| {

@@ -155,7 +155,7 @@ fn eviction_takes_unclaimed_pages_first_then_the_least_recently_used_and_never_a
     ));
     rig.commit_removals(&mut pool);
     compute(&mut pool, &mut table, &new).unwrap();
-    let restored = |pool: &PagePool, seed| pool.probe(Realm::default(), &tokens(seed, 128)).tokens;
+    let restored = |pool: &PagePool, seed| pool.find(Realm::default(), &tokens(seed, 128)).tokens();
     assert_eq!([restored(&pool, 0), restored(&pool, 1), restored(&pool, 2)], [128, 0, 128]);
     check_pool(&pool, &[&pinned, &table]);
 
@@ -193,8 +193,8 @@ fn deleting_a_session_removes_the_pages_that_nobody_else_uses() {
     rig.fill(&mut pool, &own(3), 1);
     pool.unclaim(rig.catalog.leaves.remove(&0).unwrap().0.unwrap(), true);
     rig.commit_removals(&mut pool);
-    assert_eq!(pool.probe(Realm::default(), &own(2)).tokens, 64);
-    assert_eq!(pool.probe(Realm::default(), &own(3)).tokens, 164);
+    assert_eq!(pool.find(Realm::default(), &own(2)).tokens(), 64);
+    assert_eq!(pool.find(Realm::default(), &own(3)).tokens(), 164);
     pool.unclaim(rig.catalog.leaves.remove(&1).unwrap().0.unwrap(), true);
     rig.commit_removals(&mut pool);
     assert_eq!((pool.stats().slots_used, rig.catalog.rows.len()), (0, 0));
@@ -294,25 +294,89 @@ fn parking_gives_ram_back_and_attaching_counts_what_was_read() {
     let mut pool = rig.open();
     let commit = rig.fill(&mut pool, &log, 0);
     commit.sync.sync(Durability::Power).unwrap();
-    let resident = pool.probe(Realm::default(), &log).resident_bytes;
+    let resident = pool.find(Realm::default(), &log).resident_bytes();
     assert_eq!(resident, 500 * 8192);
 
     let pinned = attach(&mut pool, &log[..64]).table;
     let released = pool.park(Realm::default(), &log);
-    let probe = pool.probe(Realm::default(), &log);
-    assert_eq!((probe.tokens, probe.resident_bytes + released), (log.len(), resident));
-    let tmpfs = rustix::fs::statfs(rig.folder.path()).unwrap().f_type == 0x0102_1994;
-    if !tmpfs {
-        assert!(probe.resident_bytes < 64 << 10, "{probe:?}");
+    let found = pool.find(Realm::default(), &log);
+    assert_eq!((found.tokens(), found.resident_bytes() + released), (log.len(), resident));
+    if !rig.is_in_ram() {
+        assert!(found.resident_bytes() < 64 << 10, "{found:?}");
     }
     pool.release(pinned);
 
     let attached = attach(&mut pool, &log);
     assert_eq!(attached.restored, log.len());
-    assert_eq!(attached.bytes_read, probe.non_resident_bytes);
-    assert_eq!(attached.from_disk, probe.non_resident_bytes > 0);
+    assert_eq!(attached.bytes_read, found.missing_bytes());
+    assert_eq!(attached.from_disk, found.missing_bytes() > 0);
     pool.release(attached.table);
     assert_eq!(attach(&mut pool, &log).bytes_read, 0);
+}
+
+#[test]
+fn pages_come_in_from_the_last_to_the_first_that_was_not_computed_meanwhile() {
+    let mut rig = Rig::new(1000);
+    if rig.is_in_ram() {
+        return;
+    }
+    let log = tokens(1, 64 * 500);
+    let mut pool = rig.open();
+    rig.fill(&mut pool, &log, 0);
+    let find = |pool: &PagePool, log: &[u32]| pool.find(Realm::default(), log);
+    assert!(pool.page_in(&find(&pool, &log)).is_none(), "all of it is in RAM");
+
+    let first = attach(&mut pool, &log[..64]).table;
+    pool.park(Realm::default(), &log);
+    let found = find(&pool, &log);
+    let page_in = pool.page_in(&found).unwrap();
+    assert_eq!(page_in.missing_bytes(), found.missing_bytes());
+    assert_eq!(page_in.first() + page_in.unread(), 500);
+    assert!(page_in.first() > 0, "the page in use stayed");
+    page_in.computed(300);
+    let read_all = || (0..).take_while(|_| page_in.read_one()).count();
+    let reads = std::thread::scope(|scope| scope.spawn(read_all).join().unwrap() + read_all());
+    assert_eq!(reads, 200, "the first 300 pages are not asked for");
+    let missing = find(&pool, &log[..64 * 300]).missing_bytes();
+    assert_eq!(find(&pool, &log).missing_bytes(), missing, "the last 200 are there");
+
+    pool.park(Realm::default(), &log);
+    let page_in = pool.page_in(&find(&pool, &log)).unwrap();
+    assert!(page_in.read_one());
+    page_in.give_up();
+    assert!(!page_in.read_one());
+    pool.release(first);
+}
+
+#[test]
+fn a_page_that_was_computed_again_is_not_read_from_disk() {
+    let mut rig = Rig::new(64);
+    let log = tokens(1, 128);
+    let mut pool = rig.open();
+    let second = rig.fill(&mut pool, &log, 0).rows[1].slot;
+    drop(pool);
+    if rig.is_in_ram() {
+        return;
+    }
+    // What would be found on disk is wrong, so that a read would show.
+    let damaged = vec![0xAA; 8192];
+    let file = std::fs::OpenOptions::new().write(true).open(rig.path()).unwrap();
+    let offset = crate::header::HEADER_BYTES as u64 + u64::from(second) * 8192;
+    std::os::unix::fs::FileExt::write_all_at(&file, &damaged, offset).unwrap();
+    file.sync_all().unwrap();
+
+    let mut pool = rig.open();
+    let mut table = attach(&mut pool, &log[..64]).table;
+    pool.park(Realm::default(), &log);
+    compute(&mut pool, &mut table, &log).unwrap();
+    check(&pool, &table, &log);
+    assert_eq!(table.nodes[1], second, "the page that the catalog names is used again");
+    let stats = pool.stats();
+    assert_eq!((stats.deduplicated, stats.damaged), (1, 0));
+    pool.release(table);
+    assert_eq!(attach(&mut pool, &log).restored, 128);
+    drop(pool);
+    assert_eq!(rig.open().verify_all().damaged, [0u32; 0]);
 }
 
 #[test]
@@ -348,7 +412,7 @@ fn realms_share_nothing_and_know_their_own_pages_after_opening() {
     drop(pool);
     let (pool, report) = rig.try_open().unwrap();
     assert_eq!((report.pages, report.dropped_orphans), (6, 2));
-    assert_eq!(pool.probe(bob, &log).tokens, 0);
+    assert_eq!(pool.find(bob, &log).tokens(), 0);
 }
 
 fn rig_root(pool: &PagePool, realm: Realm) -> [u8; 32] {

@@ -1,0 +1,104 @@
+//! Pages that come from disk: who waits for them, and who does not.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use dormouse_engine::{EngineOptions, Faults, FinishReason, Tier};
+use dormouse_kv::Realm;
+
+/// An engine whose disk takes so long for a page.
+fn rig(page_in_delay: Duration) -> Rig {
+    let faults = Faults { page_in_delay, ..Faults::default() };
+    let options = EngineOptions { faults, ..PLAIN.into() };
+    Rig::within(tempfile::tempdir().unwrap(), options, CONTEXT, 1 << 30)
+}
+
+/// A session whose pages are on disk and nowhere else, and its tokens. None where temporary files are kept in RAM.
+async fn parked(rig: &Rig, session: &str, seed: usize, length: usize) -> Option<Vec<u32>> {
+    rig.answer(session, &prose(seed, length), &greedy(1)).await;
+    let log = rig.store.token_log(session).await.unwrap();
+    let released = rig.engine.park(Realm::default(), log.clone()).await.unwrap();
+    (released > length as u64 / 64 * page_bytes() / 2).then_some(log)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_waits_for_pages_that_come_from_disk() {
+    let rig = rig(Duration::from_millis(40));
+    let Some(log) = parked(&rig, "cold", 1, 1200).await else { return };
+    rig.create("talk").await;
+    let mut talk = rig.begin("talk", 0, &prose(2, 20), &greedy(1500)).await;
+    while talk.said() < 20 {
+        talk.next().await;
+    }
+    let said = talk.said();
+    let mut cold = rig.begin("cold", log.len(), &prose(3, 5), &greedy(2)).await;
+    while cold.said() == 0 {
+        tokio::select! {
+            biased;
+            _ = cold.next() => {}
+            _ = talk.next() => {}
+        }
+    }
+    // If the engine's thread read the pages, it would be one word.
+    assert!(talk.said() - said > 5, "{} words", talk.said() - said);
+    rig.engine.cancel(&talk.id);
+    rig.finish(talk).await;
+    let (_, receipt) = rig.finish(cold).await;
+    assert_eq!((receipt.restored_tokens, receipt.recomputed_tokens), (1200, 0));
+    assert_eq!(receipt.tier, Tier::Disk);
+    assert!(receipt.bytes_read > 9 * page_bytes() && receipt.restore_ms > 40.0, "{receipt:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_that_waits_for_the_disk_can_be_cancelled() {
+    let rig = rig(Duration::from_millis(300));
+    let Some(log) = parked(&rig, "cold", 1, 1200).await else { return };
+    let cold = rig.begin("cold", log.len(), &prose(3, 5), &greedy(2)).await;
+    rig.engine.cancel(&cold.id);
+    let (answer, _) = rig.finish(cold).await;
+    assert_eq!((answer.reason, answer.tokens.len()), (Some(FinishReason::Cancelled), 0));
+    let again = rig.begin("cold", log.len(), &[], &greedy(2)).await;
+    assert_eq!(rig.finish(again).await.0.tokens.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_stops_while_pages_are_read() {
+    let rig = rig(Duration::from_millis(300));
+    let Some(log) = parked(&rig, "cold", 1, 1200).await else { return };
+    let cold = rig.begin("cold", log.len(), &prose(3, 5), &greedy(2)).await;
+    rig.engine.shutdown().await;
+    let error = rig.failure(cold).await;
+    assert!(matches!(error, dormouse_engine::EngineError::Stopped), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_slow_disk_a_turn_computes_its_beginning_while_its_end_is_read() {
+    let rig = rig(Duration::from_millis(400));
+    let (Some(first), Some(second)) =
+        (parked(&rig, "first", 1, 200).await, parked(&rig, "second", 2, 1200).await)
+    else {
+        return;
+    };
+    // What the disk is like is not known before it was read from.
+    let turn = rig.begin("first", first.len(), &prose(4, 5), &greedy(4)).await;
+    let (_, receipt) = rig.finish(turn).await;
+    assert_eq!((receipt.restored_tokens, receipt.recomputed_tokens), (200, 0));
+
+    let turn = rig.begin("second", second.len(), &prose(5, 5), &greedy(4)).await;
+    let (answer, receipt) = rig.finish(turn).await;
+    assert!(receipt.recomputed_tokens >= 64, "nothing was computed: {receipt:?}");
+    assert!(receipt.restored_tokens >= 64, "nothing was read: {receipt:?}");
+    assert_eq!(receipt.restored_tokens + receipt.recomputed_tokens, 1200);
+    assert_eq!((receipt.tier, receipt.miss), (Tier::Disk, None));
+    assert_eq!(rig.engine.stats().await.unwrap().recomputed_tokens, receipt.recomputed_tokens as u64);
+
+    let other = Rig::new(PLAIN);
+    other.answer("second", &prose(2, 1200), &greedy(1)).await;
+    let turn = other.begin("second", second.len(), &prose(5, 5), &greedy(4)).await;
+    let (expected, _) = other.finish(turn).await;
+    assert_eq!(answer, expected);
+}
