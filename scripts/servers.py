@@ -35,7 +35,7 @@ params.model.path, params.port = settings["model"], settings["port"]
 params.n_parallel, params.n_ctx = settings["parallel"], settings["parallel"] * settings["context"]
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
 params.slot_save_path, params.endpoint_slots = settings["slots"] + "/", True
-params.cache_ram_mib = 0
+params.cache_ram_mib = settings["cache_ram"]
 if settings["ubatch"]:
     params.n_ubatch = settings["ubatch"]
 with open("/proc/self/status") as status:
@@ -211,24 +211,27 @@ class Dormouse(Server):
 
 
 class LlamaCpp(Server):
-    """`parallel` slots of `context` tokens each. Prompts are read anew unless a request says `cache_prompt`."""
+    """`parallel` slots of `context` tokens each. Prompts are read anew unless a request says `cache_prompt`; `cache_ram` MiB keep
+    what left the slots."""
 
     name = "llama.cpp"
     chat_fields = {"cache_prompt": False}
 
-    def __init__(self, native: Path | None, *others, parallel: int = 1, ubatch: int = 0):
+    def __init__(self, native: Path | None, *others, parallel: int = 1, ubatch: int = 0, cache_ram: int = 0):
         super().__init__(*others)
-        self.native, self.parallel, self.ubatch, self.own_memory = native, parallel, ubatch, _resident("")
+        self.native, self.parallel, self.ubatch, self.cache_ram = native, parallel, ubatch, cache_ram
+        self.own_memory = _resident("")
 
     def command(self):
         if self.native:
             command = [self.native, "--model", self.model, "--host", "127.0.0.1", "--port", self.port, "--slots"]
             command += ["--threads", self.threads, "--threads-batch", self.threads, "--parallel", self.parallel]
-            command += ["--ctx-size", self.context * self.parallel, "--slot-save-path", self.scratch, "--cache-ram", 0]
+            command += ["--ctx-size", self.context * self.parallel, "--slot-save-path", self.scratch]
+            command += ["--cache-ram", self.cache_ram]
             return command + (["--ubatch-size", self.ubatch] if self.ubatch else [])
         settings = {
             "model": str(self.model), "context": self.context, "threads": self.threads, "parallel": self.parallel,
-            "port": self.port, "slots": str(self.scratch), "ubatch": self.ubatch,
+            "port": self.port, "slots": str(self.scratch), "ubatch": self.ubatch, "cache_ram": self.cache_ram,
         }  # fmt: skip
         return [sys.executable, "-c", PEER, json.dumps(settings)]
 

@@ -23,9 +23,17 @@ pub struct PagedIn {
     pub took: Duration,
 }
 
+/// What the thread is asked.
+struct Job {
+    id: u64,
+    pages: Arc<PageIn>,
+    /// Somebody computes their sequence meanwhile.
+    meets: bool,
+}
+
 /// Reads the pages of one waiter after the other, in the order of asking.
 pub struct Pager {
-    jobs: Option<mpsc::Sender<(u64, Arc<PageIn>)>>,
+    jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     stopping: Arc<AtomicBool>,
 }
@@ -37,15 +45,15 @@ impl Pager {
         condition: Arc<Condition>,
         delay: Duration,
     ) -> std::io::Result<Pager> {
-        let (jobs, queue) = mpsc::channel::<(u64, Arc<PageIn>)>();
+        let (jobs, queue) = mpsc::channel::<Job>();
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&stopping);
         let thread = thread::Builder::new().name("dormouse-pager".into()).spawn(move || {
             let _alarm = Alarm(answers.clone(), "the thread that reads pages panicked");
-            for (id, pages) in queue {
+            for job in queue {
                 let begun = Instant::now();
-                let bytes = read(&pages, &condition, delay, &stop);
-                let paged = PagedIn { id, bytes, took: begun.elapsed() };
+                let bytes = read(&job, &condition, delay, &stop);
+                let paged = PagedIn { id: job.id, bytes, took: begun.elapsed() };
                 if stop.load(Ordering::Relaxed) || answers.send(Command::PagedIn(paged)).is_err() {
                     return; // the engine is gone, and with it everyone who waits
                 }
@@ -54,15 +62,16 @@ impl Pager {
         Ok(Pager { jobs: Some(jobs), thread: Some(thread), stopping })
     }
 
-    /// Asks for pages.
-    pub fn send(&self, id: u64, pages: Arc<PageIn>) {
+    /// Asks for pages; `meets`: their sequence is computed meanwhile, from its beginning.
+    pub fn send(&self, id: u64, pages: Arc<PageIn>, meets: bool) {
         // A thread that is gone has raised the alarm.
-        let _ = self.jobs.as_ref().map(|jobs| jobs.send((id, pages)));
+        let _ = self.jobs.as_ref().map(|jobs| jobs.send(Job { id, pages, meets }));
     }
 }
 
 /// Bytes that came from disk.
-fn read(pages: &PageIn, condition: &Condition, delay: Duration, stop: &AtomicBool) -> u64 {
+fn read(job: &Job, condition: &Condition, delay: Duration, stop: &AtomicBool) -> u64 {
+    let pages = &job.pages;
     let missing = pages.missing_bytes();
     let all = pages.unread();
     let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -71,7 +80,7 @@ fn read(pages: &PageIn, condition: &Condition, delay: Duration, stop: &AtomicBoo
             // A slow disk is not a stuck one: the watch begins anew with each page.
             condition.pager.begin(Work::PageIn { pages: pages.unread() });
             thread::sleep(delay);
-            if !pages.read_one() {
+            if !(if job.meets { pages.read_last() } else { pages.read_first() }) {
                 break;
             }
         }

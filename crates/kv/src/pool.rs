@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use dormouse_kernels::{PAGE_TOKENS, PageLayout};
 use dormouse_store::{PageRow, RemovedPage};
@@ -216,13 +216,7 @@ impl PagePool {
             found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot])).collect();
         let first = pages.iter().position(MappedRange::is_missing).unwrap_or(0);
         let pages = pages.split_off(first);
-        Some(PageIn {
-            unread: AtomicUsize::new(pages.len()),
-            computed: AtomicUsize::new(0),
-            path: self.path().to_path_buf(),
-            pages,
-            first,
-        })
+        Some(PageIn { unread: Mutex::new(0..pages.len()), path: self.path().to_path_buf(), pages, first })
     }
 
     /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,

@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, UncheckedAdvice};
 
@@ -32,18 +32,15 @@ impl PageOut {
     }
 }
 
-/// Pages of a sequence that are to come into RAM, for threads that may wait for the disk. The last page is read first: who
-/// computes the sequence meanwhile, from its beginning, meets what was read, and the rest needs no disk.
+/// Pages of a sequence that are to come into RAM, for threads that may wait for the disk.
 #[derive(Debug)]
 pub struct PageIn {
     /// In the order of the sequence, from its page `first` on.
     pub(crate) pages: Vec<MappedRange>,
     pub(crate) first: usize,
     pub(crate) path: PathBuf,
-    /// How many of `pages`, counted from the front, nobody has begun to read.
-    pub(crate) unread: AtomicUsize,
-    /// How many pages of the sequence are there without the disk.
-    pub(crate) computed: AtomicUsize,
+    /// Which of `pages` nobody has begun to read.
+    pub(crate) unread: Mutex<Range<usize>>,
 }
 
 impl PageIn {
@@ -54,7 +51,7 @@ impl PageIn {
 
     /// Pages that nobody has begun to read.
     pub fn unread(&self) -> usize {
-        self.unread.load(Ordering::Relaxed)
+        self.lock().len()
     }
 
     /// Bytes that are not in RAM.
@@ -62,30 +59,42 @@ impl PageIn {
         self.pages.iter().map(|page| page.len as u64 - page.resident_bytes()).sum()
     }
 
-    /// Reads one more page. False when none is left that needs to be.
-    pub fn read_one(&self) -> bool {
-        let take = |unread: usize| {
-            let wanted = unread > 0 && self.first + unread > self.computed.load(Ordering::Relaxed);
-            wanted.then(|| unread - 1)
-        };
-        let Ok(unread) = self.unread.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) else {
-            return false;
-        };
-        if let Err(error) = self.pages[unread - 1].populate() {
+    /// Reads the next page, as disks like it. False when none is left.
+    pub fn read_first(&self) -> bool {
+        let page = self.lock().next();
+        self.read(page)
+    }
+
+    /// Reads the last page that was not read: who computes the sequence meanwhile, from its beginning, meets what was read.
+    /// False when none is left.
+    pub fn read_last(&self) -> bool {
+        let page = self.lock().next_back();
+        self.read(page)
+    }
+
+    fn read(&self, page: Option<usize>) -> bool {
+        let Some(page) = page else { return false };
+        if let Err(error) = self.pages[page].populate() {
             // Attaching meets it again, and knows what to do about it.
             tracing::warn!(path = %self.path.display(), %error, "could not read a KV page ahead");
         }
         true
     }
 
-    /// The sequence's first `pages` have been computed.
+    /// The sequence's first `pages` have been computed, and need not be read.
     pub fn computed(&self, pages: usize) {
-        self.computed.fetch_max(pages, Ordering::Relaxed);
+        let mut unread = self.lock();
+        unread.start = unread.end.min(unread.start.max(pages.saturating_sub(self.first)));
     }
 
     /// Nobody needs the rest any more.
     pub fn give_up(&self) {
         self.computed(usize::MAX);
+    }
+
+    /// A range is whole at any moment, also after a panic.
+    fn lock(&self) -> MutexGuard<'_, Range<usize>> {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

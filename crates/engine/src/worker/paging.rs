@@ -74,7 +74,7 @@ impl Worker {
     pub(super) fn page_in(&mut self, pages: PageIn, who: Who) {
         let (id, pages) = (self.state.next_page_in, Arc::new(pages));
         self.state.next_page_in += 1;
-        self.pager.send(id, Arc::clone(&pages));
+        self.pager.send(id, Arc::clone(&pages), matches!(who, Who::Running(_)));
         self.state.coming.push(Coming { id, who, pages: Wanted(pages), since: Instant::now(), came: None });
     }
 

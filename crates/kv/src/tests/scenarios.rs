@@ -334,7 +334,7 @@ fn pages_come_in_from_the_last_to_the_first_that_was_not_computed_meanwhile() {
     assert_eq!(page_in.first() + page_in.unread(), 500);
     assert!(page_in.first() > 0, "the page in use stayed");
     page_in.computed(300);
-    let read_all = || (0..).take_while(|_| page_in.read_one()).count();
+    let read_all = || (0..).take_while(|_| page_in.read_last()).count();
     let reads = std::thread::scope(|scope| scope.spawn(read_all).join().unwrap() + read_all());
     assert_eq!(reads, 200, "the first 300 pages are not asked for");
     let missing = find(&pool, &log[..64 * 300]).missing_bytes();
@@ -342,9 +342,9 @@ fn pages_come_in_from_the_last_to_the_first_that_was_not_computed_meanwhile() {
 
     pool.park(Realm::default(), &log);
     let page_in = pool.page_in(&find(&pool, &log)).unwrap();
-    assert!(page_in.read_one());
+    assert!(page_in.read_first() && page_in.read_last());
     page_in.give_up();
-    assert!(!page_in.read_one());
+    assert!(!page_in.read_first() && !page_in.read_last());
     pool.release(first);
 }
 
