@@ -127,6 +127,9 @@ impl Runtime {
         if self.inner.is_stopping() {
             return Some(SessionError::Stopping.to_string());
         }
+        if !self.inner.store.is_alive() {
+            return Some("the metadata database's thread has ended; restart the server".into());
+        }
         self.inner.engines.iter().find_map(|engine| {
             engine.unhealthy().map(|why| format!("model '{}': {why}", engine.model().name))
         })

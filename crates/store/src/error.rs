@@ -40,6 +40,8 @@ pub enum StoreError {
     WrongPosition { session: String, at: usize, found: usize },
     #[error("the metadata database is closed")]
     Closed,
+    #[error("the metadata database met a bug at this request and changed nothing; the log says more")]
+    Panicked,
     #[error("the metadata database failed: {0}")]
     Database(String),
     #[error("{what} {}: {why}", .path.display())]

@@ -4,6 +4,7 @@
 //! change under the same sequence number. Whichever file is found damaged or behind is replaced by a copy of the
 //! other; a damaged file is set aside under another name, never deleted.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
@@ -147,8 +148,21 @@ impl Owner {
                     }
                 }
             };
-            job(&mut self);
+            // Whoever asked is told by its answer's end; the others must not lose their database.
+            if catch_unwind(AssertUnwindSafe(|| job(&mut self))).is_err() {
+                self.recover();
+            }
         }
+    }
+
+    /// After a panic in a job: its transaction was rolled back on the way, but the mirror may lack a change.
+    fn recover(&mut self) {
+        self.mirror = None;
+        self.changes_until_rebuild = 1;
+        if let Ok(sequence) = self.primary().and_then(schema::sequence) {
+            self.sequence = sequence;
+        }
+        self.report("a request to the metadata database met a bug and changed nothing".into());
     }
 
     pub(crate) fn set_address(&mut self, address: String) -> Result<(), StoreError> {

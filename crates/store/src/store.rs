@@ -76,6 +76,11 @@ impl Store {
         Ok(Store { inner: Arc::new(Inner { jobs: Some(jobs), thread: Some(thread) }) })
     }
 
+    /// Whether anybody serves requests still.
+    pub fn is_alive(&self) -> bool {
+        self.inner.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Writes the address that this server answers at into the lock file.
     pub async fn set_address(&self, address: String) -> Result<(), StoreError> {
         self.ask(move |owner, answer| answer(owner.set_address(address))).await
@@ -192,7 +197,7 @@ impl Store {
                 answer.take().map(|answer| answer.send(result).ok());
             });
         }))?;
-        answered.await.map_err(|_| StoreError::Closed)?
+        answered.await.map_err(|_| StoreError::Panicked)?
     }
 
     fn ask_blocking<T: Send + 'static>(
@@ -206,10 +211,33 @@ impl Store {
                 answer.try_send(result).ok();
             });
         }))?;
-        answered.recv().map_err(|_| StoreError::Closed)?
+        answered.recv().map_err(|_| StoreError::Panicked)?
     }
 
     fn send(&self, job: Job) -> Result<(), StoreError> {
         self.inner.jobs.as_ref().ok_or(StoreError::Closed)?.send(job).map_err(|_| StoreError::Closed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_in_one_request_leaves_the_database_to_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), Durability::Process).unwrap();
+        let add = |db: &Connection| db.execute("INSERT INTO meta (name, value) VALUES ('test', 1)", []);
+        let asked = store.write(move |db| -> Result<(), StoreError> {
+            add(db)?;
+            panic!("a bug that a test put there")
+        });
+        assert!(matches!(asked.await, Err(StoreError::Panicked)));
+        assert!(store.is_alive());
+        assert_eq!(store.write(move |db| Ok(add(db)?)).await.unwrap(), 1, "the name was free");
+        assert_eq!(store.verify().await.unwrap().len(), 1, "the bug is all there is to tell");
+        store.close().await.unwrap();
     }
 }
