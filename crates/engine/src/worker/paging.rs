@@ -176,9 +176,11 @@ impl Worker {
             turn.receipt.restore_ms += coming.since.elapsed().as_secs_f64() * 1e3;
             state.stats.restored_later(&turn.receipt, gained);
         }
-        let bytes = coming.came.unwrap_or(0);
-        turn.receipt.bytes_read += bytes;
+        let (receipt, bytes) = (&mut turn.receipt, coming.came.unwrap_or(0));
+        receipt.bytes_read += bytes;
+        // It may have ended before it computed them all.
+        receipt.recomputed_tokens = receipt.recomputed_tokens.min(turn.table.len() - receipt.restored_tokens);
         state.stats.restored_bytes_read += bytes;
-        state.stats.recomputed_tokens += turn.receipt.recomputed_tokens as u64;
+        state.stats.recomputed_tokens += receipt.recomputed_tokens as u64;
     }
 }

@@ -67,11 +67,12 @@ impl Worker {
             return;
         }
         let Some(mut budget) = self.budget(decoding, self.state.stats.steps) else { return };
-        // Who has waited longest for as much as it still wants comes first: short prompts soon, long ones in the end.
+        // Who has waited longest for as much as it wants comes first: short prompts soon, and long ones, too.
         let now = Instant::now();
         let waited = |index: usize| {
             let turn = &running[index];
-            (now - turn.since()).as_secs_f64() / turn.pending() as f64
+            let wanted = turn.log.len() - turn.receipt.restored_tokens;
+            (now - turn.since()).as_secs_f64() / wanted as f64
         };
         prompts.sort_by(|a, b| waited(*b).total_cmp(&waited(*a)));
         let mut chunk = None;
