@@ -62,7 +62,7 @@ pub struct Settings {
     /// Guess tokens ahead from the session's own text; answers stay the same, only faster [default: ngram]
     #[arg(long, global = true, env = "DORMOUSE_SPECULATION", value_parser = speculation_values())]
     pub speculation: Option<Speculation>,
-    /// Health turns red when a step or a commit lasts longer than so many seconds [default: 30]
+    /// Health turns red when a step, a commit or reading a page lasts longer than so many seconds [default: 30]
     #[arg(long, global = true, env = "DORMOUSE_STUCK_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub stuck_after: Option<u64>,
     /// What is logged on standard error: a level (error, warn, info, debug), or targets with levels [default: warn]

@@ -141,6 +141,12 @@ pub struct Miss {
     pub at_message: Option<usize>,
 }
 
+impl Miss {
+    pub(crate) fn new(reason: &str, at_token: usize) -> Miss {
+        Miss { reason: reason.into(), at_token, at_message: None }
+    }
+}
+
 /// What a resume really did.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Receipt {

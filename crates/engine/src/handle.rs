@@ -34,7 +34,7 @@ pub struct Engine {
     inner: Arc<Inner>,
 }
 
-/// How long a step, or a commit, may take unless the options say otherwise.
+/// How long a step, a commit, or reading a page may take unless the options say otherwise.
 pub const DEFAULT_STUCK_AFTER: Duration = Duration::from_secs(30);
 
 /// How an engine behaves.
@@ -43,7 +43,7 @@ pub struct EngineOptions {
     pub drafts: DraftSource,
     /// Opens the page file and its catalog again after the engine thread panicked; without it the engine then stays down.
     pub reopen: Option<Reopen>,
-    /// A step, or a commit, that lasts longer turns health red.
+    /// A step, a commit, or reading a page, that lasts longer turns health red.
     pub stuck_after: Duration,
     pub faults: Faults,
 }
@@ -179,7 +179,7 @@ impl Engine {
         log: Vec<TokenId>,
         dry_run: bool,
     ) -> Result<Receipt, EngineError> {
-        self.ask(|answer| Command::Resume { realm, log, dry_run, answer }).await
+        self.ask(|answer| Command::Resume { realm, log, dry_run, answer }).await?
     }
 
     /// Errors: `Stopped`, also where the engine thread is at something that does not end.
@@ -194,7 +194,7 @@ impl Engine {
         let _ = self.send(Command::Limit(limits));
     }
 
-    /// A step, or a commit, that lasts longer turns health red, from now on.
+    /// A step, a commit, or reading a page, that lasts longer turns health red, from now on.
     pub fn set_stuck_after(&self, limit: Duration) {
         self.inner.condition.set_stuck_after(limit);
     }
@@ -209,7 +209,7 @@ impl Engine {
         self.inner.condition.restarts.load(Ordering::Relaxed)
     }
 
-    /// How often a step or a commit lasted too long.
+    /// How often one of these lasted too long.
     pub fn stuck(&self) -> u64 {
         self.inner.condition.stuck.load(Ordering::Relaxed)
     }

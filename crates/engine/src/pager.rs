@@ -52,8 +52,8 @@ impl Pager {
             let _alarm = Alarm(answers.clone(), "the thread that reads pages panicked");
             for job in queue {
                 let begun = Instant::now();
-                let bytes = read(&job, &condition, delay, &stop);
-                let paged = PagedIn { id: job.id, bytes, took: begun.elapsed() };
+                read(&job, &condition, delay, &stop);
+                let paged = PagedIn { id: job.id, bytes: job.pages.bytes_read(), took: begun.elapsed() };
                 if stop.load(Ordering::Relaxed) || answers.send(Command::PagedIn(paged)).is_err() {
                     return; // the engine is gone, and with it everyone who waits
                 }
@@ -69,11 +69,9 @@ impl Pager {
     }
 }
 
-/// Bytes that came from disk.
-fn read(job: &Job, condition: &Condition, delay: Duration, stop: &AtomicBool) -> u64 {
+/// Until all is read that anybody wants.
+fn read(job: &Job, condition: &Condition, delay: Duration, stop: &AtomicBool) {
     let pages = &job.pages;
-    let missing = pages.missing_bytes();
-    let all = pages.unread();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let read = || {
         while !stop.load(Ordering::Relaxed) {
@@ -86,12 +84,10 @@ fn read(job: &Job, condition: &Condition, delay: Duration, stop: &AtomicBool) ->
         }
     };
     thread::scope(|scope| {
-        (1..cores.min(READERS_MOST).min(all)).for_each(|_| drop(scope.spawn(read)));
+        (1..cores.min(READERS_MOST).min(pages.unread())).for_each(|_| drop(scope.spawn(read)));
         read();
     });
     condition.pager.end();
-    // Those that were not needed any more were not read.
-    (missing as f64 * (1.0 - pages.unread() as f64 / all.max(1) as f64)) as u64
 }
 
 impl Drop for Pager {

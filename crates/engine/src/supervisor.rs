@@ -125,6 +125,8 @@ impl Supervisor {
         let Parts { model: weights, cpu, page_file, drafts, stats, limits, outbox, stopping } =
             broken.give_up();
         self.condition.engine.end();
+        self.condition.disk.end();
+        self.condition.pager.end();
         if let Some(answer) = stopping {
             // Nobody waiting is no error.
             let _ = answer.send(());

@@ -43,7 +43,7 @@ pub enum Command {
         realm: Realm,
         log: Vec<TokenId>,
         dry_run: bool,
-        answer: oneshot::Sender<Receipt>,
+        answer: oneshot::Sender<Result<Receipt, EngineError>>,
     },
     Stats(oneshot::Sender<EngineStats>),
     /// What pages may take from now on.
@@ -235,7 +235,7 @@ impl Worker {
                 _ => {}
             }
         }
-        state.queue.drain(..).chain(state.coming.drain(..).filter_map(Coming::waiting)).for_each(fail);
+        state.queue.drain(..).chain(state.coming.drain(..).filter_map(Coming::give_up)).for_each(fail);
         for mut turn in state.running.into_iter().chain(state.paused.into_iter().map(|paused| paused.turn)) {
             turn.fail_commit(EngineError::Restarted);
             drop(turn.close(&mut outbox));
@@ -294,7 +294,10 @@ impl Worker {
                 let _ = answer.send(self.pool.park(realm, &log));
             }
             Command::Resume { realm, log, dry_run: true, answer } => {
-                let _ = answer.send(self.estimate(realm, &log));
+                let _ = answer.send(Ok(self.estimate(realm, &log)));
+            }
+            Command::Resume { answer, .. } if self.state.stopping.is_some() => {
+                let _ = answer.send(Err(EngineError::Stopped));
             }
             Command::Resume { realm, log, dry_run: false, answer } => {
                 let found = self.pool.find(realm, &log);
@@ -332,7 +335,7 @@ impl Worker {
 
     fn stop(&mut self, answer: oneshot::Sender<()>) {
         self.state.stopping = Some(answer);
-        let coming = self.state.coming.drain(..).filter_map(Coming::waiting);
+        let coming: Vec<Waiting> = self.state.coming.drain(..).filter_map(Coming::give_up).collect();
         for waiting in self.state.queue.drain(..).chain(coming) {
             self.outbox.put(&waiting.listener, Event::Failed(EngineError::Stopped));
         }
@@ -362,8 +365,9 @@ impl Worker {
         if let Some(at) = self.state.queue.iter().position(|waiting| waiting.spec.turn == id) {
             return self.state.queue.remove(at);
         }
-        let at = self.state.coming.iter().position(|coming| coming.waits(id))?;
-        self.state.coming.remove(at).waiting()
+        let waits = |coming: &Coming| coming.waiting().is_some_and(|spec| spec.turn == id);
+        let at = self.state.coming.iter().position(waits)?;
+        self.state.coming.remove(at).give_up()
     }
 
     fn claim(&mut self, realm: Realm, log: &[TokenId]) -> Result<Claim, EngineError> {
@@ -412,11 +416,7 @@ impl Worker {
             restore_ms: took * 1e3,
             bytes_read,
             exact: true,
-            miss: (!attached.damaged.is_empty()).then(|| Miss {
-                reason: "page_damaged".into(),
-                at_token: attached.restored,
-                at_message: None,
-            }),
+            miss: (!attached.damaged.is_empty()).then(|| Miss::new("page_damaged", attached.restored)),
             ..Receipt::default()
         };
         (attached.table, receipt)

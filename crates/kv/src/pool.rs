@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use dormouse_kernels::{PAGE_TOKENS, PageLayout};
@@ -72,7 +72,6 @@ pub struct Attached {
     pub damaged: Vec<u32>,
     /// Bytes that were not in RAM and had to be read.
     pub bytes_read: u64,
-    pub from_disk: bool,
 }
 
 /// The pages that hold the longest prefix of some tokens that its realm knows, as they were when [`PagePool::find`] looked.
@@ -212,11 +211,21 @@ impl PagePool {
         if found.missing == 0 {
             return None;
         }
-        let mut pages: Vec<MappedRange> =
-            found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot])).collect();
-        let first = pages.iter().position(MappedRange::is_missing).unwrap_or(0);
-        let pages = pages.split_off(first);
-        Some(PageIn { unread: Mutex::new(0..pages.len()), path: self.path().to_path_buf(), pages, first })
+        let ranges = found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot]));
+        let with_missing = |page: MappedRange| {
+            let missing = page.missing_bytes();
+            (page, missing)
+        };
+        let mut pages: Vec<_> = ranges.map(with_missing).collect();
+        let first = pages.iter().position(|(_, missing)| *missing > 0).unwrap_or(0);
+        pages.drain(..first);
+        Some(PageIn {
+            unread: Mutex::new(0..pages.len()),
+            bytes_read: AtomicU64::new(0),
+            path: self.path().to_path_buf(),
+            pages,
+            first,
+        })
     }
 
     /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,
@@ -257,7 +266,7 @@ impl PagePool {
         self.next_table += 1;
         let root = self.tree.chain.root(realm);
         let table = BlockTable { id, root, nodes: path.slots, blanks: VecDeque::new(), len: path.covered };
-        Attached { restored: table.len, table, damaged, bytes_read, from_disk: bytes_read > 0 }
+        Attached { restored: table.len, table, damaged, bytes_read }
     }
 
     /// Gives back the RAM of the pages of `tokens` that no live table uses and returns how many bytes that were.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, UncheckedAdvice};
@@ -35,12 +36,13 @@ impl PageOut {
 /// Pages of a sequence that are to come into RAM, for threads that may wait for the disk.
 #[derive(Debug)]
 pub struct PageIn {
-    /// In the order of the sequence, from its page `first` on.
-    pub(crate) pages: Vec<MappedRange>,
+    /// In the order of the sequence, from its page `first` on, with the bytes of each that were not in RAM.
+    pub(crate) pages: Vec<(MappedRange, u64)>,
     pub(crate) first: usize,
     pub(crate) path: PathBuf,
     /// Which of `pages` nobody has begun to read.
     pub(crate) unread: Mutex<Range<usize>>,
+    pub(crate) bytes_read: AtomicU64,
 }
 
 impl PageIn {
@@ -54,9 +56,9 @@ impl PageIn {
         self.lock().len()
     }
 
-    /// Bytes that are not in RAM.
+    /// Bytes that were not in RAM.
     pub fn missing_bytes(&self) -> u64 {
-        self.pages.iter().map(|page| page.len as u64 - page.resident_bytes()).sum()
+        self.pages.iter().map(|(_, missing)| missing).sum()
     }
 
     /// Reads the next page, as disks like it. False when none is left.
@@ -73,12 +75,20 @@ impl PageIn {
     }
 
     fn read(&self, page: Option<usize>) -> bool {
-        let Some(page) = page else { return false };
-        if let Err(error) = self.pages[page].populate() {
+        let Some((page, missing)) = page.map(|page| &self.pages[page]) else { return false };
+        match page.populate() {
+            Ok(()) => drop(self.bytes_read.fetch_add(*missing, Ordering::Relaxed)),
             // Attaching meets it again, and knows what to do about it.
-            tracing::warn!(path = %self.path.display(), %error, "could not read a KV page ahead");
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), %error, "could not read a KV page ahead");
+            }
         }
         true
+    }
+
+    /// What came from disk so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// The sequence's first `pages` have been computed, and need not be read.
@@ -131,8 +141,8 @@ impl MappedRange {
         resident
     }
 
-    pub(crate) fn is_missing(&self) -> bool {
-        self.resident_bytes() < self.len as u64
+    pub(crate) fn missing_bytes(&self) -> u64 {
+        self.len as u64 - self.resident_bytes()
     }
 
     /// Reads the whole range into RAM and maps it, in large reads.

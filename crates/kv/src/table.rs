@@ -247,7 +247,7 @@ impl PagePool {
     /// bytes come from there and not from disk.
     fn usable_twin(&mut self, place: After, tokens: &[u32], own: u32) -> Option<u32> {
         let twin = self.tree.find_sealed(place, tokens)?;
-        let missing = self.file.ranges([twin])[0].is_missing();
+        let missing = self.file.ranges([twin])[0].missing_bytes() > 0;
         if missing && self.rewrite(twin, own) {
             return Some(twin);
         }

@@ -149,20 +149,27 @@ impl Owner {
                 }
             };
             // Whoever asked is told by its answer's end; the others must not lose their database.
-            if catch_unwind(AssertUnwindSafe(|| job(&mut self))).is_err() {
-                self.recover();
+            if catch_unwind(AssertUnwindSafe(|| job(&mut self))).is_err() && !self.recover() {
+                return;
             }
         }
     }
 
-    /// After a panic in a job: its transaction was rolled back on the way, but the mirror may lack a change.
-    fn recover(&mut self) {
+    /// After a panic in a job: its transaction was rolled back on the way, but the mirror may lack a change. False where there
+    /// is no database any more.
+    fn recover(&mut self) -> bool {
+        self.report("a request to the metadata database met a bug; the log says where".into());
         self.mirror = None;
         self.changes_until_rebuild = 1;
-        if let Ok(sequence) = self.primary().and_then(schema::sequence) {
-            self.sequence = sequence;
+        if self.primary.is_none() && self.lock.is_some() {
+            self.primary = self.open_primary().ok();
         }
-        self.report("a request to the metadata database met a bug and changed nothing".into());
+        match self.primary().and_then(schema::sequence) {
+            Ok(sequence) => self.sequence = sequence,
+            // Once it is closed there is nothing to recover.
+            Err(_) => return self.lock.is_none(),
+        }
+        true
     }
 
     pub(crate) fn set_address(&mut self, address: String) -> Result<(), StoreError> {

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use dormouse_kernels::PAGE_TOKENS;
 use dormouse_kv::Found;
+use dormouse_models::TokenId;
 
 use super::Worker;
-use super::paging::{Paged, Who};
+use super::paging::{Coming, Paged, Who};
 use crate::turn::{Ending, Turn, Waiting};
 use crate::{EngineError, Event, Miss, Receipt, Tier, TurnSpec};
 
@@ -26,9 +27,7 @@ impl Worker {
     pub(super) fn admit(&mut self) -> bool {
         self.meet();
         let mut admitted = self.go_on();
-        while self.state.paused.is_empty()
-            && self.state.running.len() + self.state.coming.len() < RUNNING_MOST
-        {
+        while self.state.paused.is_empty() && self.with_pages() < RUNNING_MOST {
             let Some(waiting) = self.next_waiting().and_then(|at| self.state.queue.remove(at)) else {
                 break;
             };
@@ -48,7 +47,7 @@ impl Worker {
                     let there = &waiting.restorable()[..pages.first() * PAGE_TOKENS];
                     let (turn, found) = (spec.turn.clone(), self.pool.find(spec.realm, there));
                     self.begin(waiting, found, queue_ms, None);
-                    self.page_in(pages, Who::Running(turn));
+                    self.page_in(pages, Who::Running { turn, met: false });
                 }
                 Some(pages) => self.page_in(pages, Who::Waiting { waiting: Box::new(waiting), queue_ms }),
             }
@@ -63,8 +62,7 @@ impl Worker {
         let (mut table, restored) = self.restore(spec.realm, log, found, paged.unwrap_or_default());
         self.pool.set_claim(&mut table, spec.claim);
         let lost = spec.covered.min(spec.log.len() - 1).saturating_sub(restored.restored_tokens);
-        let evicted =
-            || Miss { reason: "page_evicted".into(), at_token: restored.restored_tokens, at_message: None };
+        let evicted = || Miss::new("page_evicted", restored.restored_tokens);
         let miss = restored.miss.clone().or_else(|| (lost > 0 && paged.is_some()).then(evicted));
         let tier = if paged.is_none() { Tier::Disk } else { restored.tier };
         let session = spec.session.clone();
@@ -83,7 +81,9 @@ impl Worker {
     /// who has waited longest. A turn whose prompt begins as one that is being read waits until that beginning is there.
     fn next_waiting(&self) -> Option<usize> {
         let running = |waiting: &TurnSpec| {
-            self.state.running.iter().filter(|turn| turn.spec.realm == waiting.realm).count()
+            let running = self.state.running.iter().map(|turn| &turn.spec);
+            let coming = self.state.coming.iter().filter_map(Coming::waiting);
+            running.chain(coming).filter(|spec| spec.realm == waiting.realm).count()
         };
         let ready =
             self.state.queue.iter().enumerate().filter(|(_, waiting)| !self.is_being_read(&waiting.spec));
@@ -92,17 +92,29 @@ impl Worker {
         first.map(|(at, _)| at)
     }
 
-    /// A running turn is computing whole pages that this one needs as well.
+    /// Turns that hold pages, or wait for nothing but to read theirs.
+    fn with_pages(&self) -> usize {
+        self.state.running.len() + self.state.coming.iter().filter_map(Coming::waiting).count()
+    }
+
+    /// A turn before this one is computing whole pages that both need, or has them read from disk.
     fn is_being_read(&self, spec: &TurnSpec) -> bool {
         if spec.prompt_logprobs.is_some() {
             return false;
         }
         let wanted = &spec.log[..spec.log.len().saturating_sub(1)];
-        self.state.running.iter().any(|turn| {
-            let shares = turn.ending.is_none() && turn.spec.realm == spec.realm;
-            let same = || wanted.iter().zip(&turn.log).take_while(|(a, b)| a == b).count();
-            shares && turn.pending() > 1 && turn.table.len() < same() / PAGE_TOKENS * PAGE_TOKENS
-        })
+        let lacks = |realm, log: &[TokenId], there: usize| {
+            let same = || wanted.iter().zip(log).take_while(|(a, b)| a == b).count();
+            realm == spec.realm && there < same() / PAGE_TOKENS * PAGE_TOKENS
+        };
+        let computed = self.state.running.iter().any(|turn| {
+            let goes_on = turn.ending.is_none() && turn.pending() > 1;
+            goes_on && lacks(turn.spec.realm, &turn.log, turn.table.len())
+        });
+        let read = |coming: &Coming| {
+            coming.waiting().is_some_and(|waiting| lacks(waiting.realm, &waiting.log, coming.from()))
+        };
+        computed || self.state.coming.iter().any(read)
     }
 
     /// Puts a turn among the running ones, at its age.
@@ -113,6 +125,7 @@ impl Worker {
 
     /// Takes a turn's pages, which are durable, for others.
     pub(super) fn pause(&mut self, index: usize) {
+        self.end_meeting(index);
         let mut turn = self.state.running.remove(index);
         self.state.chunk.take_if(|chunk| chunk.belongs_to(&turn));
         self.pool.truncate(&mut turn.table, 0);

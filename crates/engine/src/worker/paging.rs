@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dormouse_kernels::PAGE_TOKENS;
-use dormouse_kv::{PageIn, Realm};
+use dormouse_kv::{Attached, PageIn, Realm};
 use dormouse_models::TokenId;
 use tokio::sync::oneshot;
 
 use super::Worker;
 use super::prompts::work;
-use crate::Receipt;
 use crate::pager::PagedIn;
 use crate::turn::Waiting;
+use crate::{EngineError, Miss, Receipt, TurnSpec};
 
 /// A turn computes what the disk holds if that spares the disk this part of its pages.
 const COMPUTED_LEAST: f64 = 0.25;
@@ -25,30 +25,40 @@ pub(super) struct Coming {
     who: Who,
     pages: Wanted,
     since: Instant,
-    /// Bytes that came from disk, once all that was wanted has.
-    came: Option<u64>,
 }
 
 pub(super) enum Who {
     /// A turn that begins when they are there.
     Waiting { waiting: Box<Waiting>, queue_ms: f64 },
-    /// The turn of this name, which computes them meanwhile.
-    Running(String),
+    /// The running turn of this name, which computes them meanwhile. `met`: nothing is left to be read.
+    Running { turn: String, met: bool },
     /// Somebody who wants them in RAM.
-    Resume { realm: Realm, log: Vec<TokenId>, answer: oneshot::Sender<Receipt> },
+    Resume { realm: Realm, log: Vec<TokenId>, answer: oneshot::Sender<Result<Receipt, EngineError>> },
 }
 
 impl Coming {
-    /// The turn of this name has not begun, and waits for them.
-    pub fn waits(&self, name: &str) -> bool {
-        matches!(&self.who, Who::Waiting { waiting, .. } if waiting.spec.turn == name)
+    /// The turn that has not begun, and waits for them.
+    pub fn waiting(&self) -> Option<&TurnSpec> {
+        match &self.who {
+            Who::Waiting { waiting, .. } => Some(&waiting.spec),
+            _ => None,
+        }
     }
 
-    /// The turn that has not begun, if there is one; nobody else waits any more.
-    pub fn waiting(self) -> Option<Waiting> {
+    /// Tokens whose KV is not being read.
+    pub fn from(&self) -> usize {
+        self.pages.0.first() * PAGE_TOKENS
+    }
+
+    /// Nobody waits for them any more. The turn that has not begun, if there is one.
+    pub fn give_up(self) -> Option<Waiting> {
         match self.who {
             Who::Waiting { waiting, .. } => Some(*waiting),
-            _ => None,
+            Who::Running { .. } => None,
+            Who::Resume { answer, .. } => {
+                let _ = answer.send(Err(EngineError::Stopped));
+                None
+            }
         }
     }
 }
@@ -74,8 +84,8 @@ impl Worker {
     pub(super) fn page_in(&mut self, pages: PageIn, who: Who) {
         let (id, pages) = (self.state.next_page_in, Arc::new(pages));
         self.state.next_page_in += 1;
-        self.pager.send(id, Arc::clone(&pages), matches!(who, Who::Running(_)));
-        self.state.coming.push(Coming { id, who, pages: Wanted(pages), since: Instant::now(), came: None });
+        self.pager.send(id, Arc::clone(&pages), matches!(who, Who::Running { .. }));
+        self.state.coming.push(Coming { id, who, pages: Wanted(pages), since: Instant::now() });
     }
 
     /// Whether a turn should begin to compute these pages, which hold positions up to `end`, while they are read.
@@ -99,8 +109,9 @@ impl Worker {
         }
         // Whoever asked for them may be gone.
         let Some(at) = self.state.coming.iter().position(|coming| coming.id == paged.id) else { return };
-        if let Who::Running(_) = self.state.coming[at].who {
-            self.state.coming[at].came = Some(paged.bytes);
+        if let Who::Running { met, .. } = &mut self.state.coming[at].who {
+            // It goes on behind them as soon as it has no commit under way.
+            *met = true;
             return;
         }
         let Coming { who, since, .. } = self.state.coming.remove(at);
@@ -111,7 +122,7 @@ impl Worker {
                 self.begin(*waiting, found, queue_ms, Some(paged));
             }
             Who::Resume { realm, log, answer } => self.bring(realm, &log, paged, answer),
-            Who::Running(_) => {}
+            Who::Running { .. } => {}
         }
     }
 
@@ -121,66 +132,87 @@ impl Worker {
         realm: Realm,
         log: &[TokenId],
         paged: Paged,
-        answer: oneshot::Sender<Receipt>,
+        answer: oneshot::Sender<Result<Receipt, EngineError>>,
     ) {
         let found = self.pool.find(realm, log);
         let (table, receipt) = self.restore(realm, log, found, paged);
         self.pool.release(table);
         // Nobody waiting is no error.
-        let _ = answer.send(receipt);
+        let _ = answer.send(Ok(receipt));
     }
 
     /// Looks after the turns that compute what is being read: tells the pager how far they are, and when both have met goes on
     /// behind what was read.
     pub(super) fn meet(&mut self) {
-        let mut at = 0;
-        while at < self.state.coming.len() {
-            let coming = &self.state.coming[at];
-            let Who::Running(name) = &coming.who else {
-                at += 1;
-                continue;
-            };
-            let turn = self.state.running.iter().position(|turn| turn.spec.turn == *name);
-            let Some(index) = turn else {
-                // Paused: it begins again with what is there then.
-                self.state.coming.remove(at);
-                continue;
-            };
+        for index in 0..self.state.running.len() {
             let turn = &self.state.running[index];
-            coming.pages.0.computed(turn.table.len() / PAGE_TOKENS);
-            if turn.gives_up_pages() || coming.came.is_some() && turn.in_flight.is_none() {
-                let coming = self.state.coming.remove(at);
-                self.go_on_behind(index, &coming);
-            } else {
-                at += 1;
+            let Some((at, met)) = self.meeting(index) else { continue };
+            self.state.coming[at].pages.0.computed(turn.table.len() / PAGE_TOKENS);
+            if turn.ending.is_some() {
+                self.end_meeting(index);
+            } else if met && turn.in_flight.is_none() && !turn.is_pausing {
+                self.go_on_behind(index);
+                self.end_meeting(index);
             }
         }
     }
 
-    fn go_on_behind(&mut self, index: usize, coming: &Coming) {
+    /// The pages that a running turn is to meet, and whether it has.
+    fn meeting(&self, index: usize) -> Option<(usize, bool)> {
+        let name = &self.state.running[index].spec.turn;
+        self.state.coming.iter().enumerate().find_map(|(at, coming)| match &coming.who {
+            Who::Running { turn, met } if turn == name => Some((at, *met)),
+            _ => None,
+        })
+    }
+
+    /// Puts what was read behind what a turn has computed.
+    fn go_on_behind(&mut self, index: usize) {
         let state = &mut self.state;
         let turn = &mut state.running[index];
         let log = &turn.log[..turn.log.len() - 1];
         let found = self.pool.find(turn.spec.realm, log);
-        let gained = found.tokens().saturating_sub(turn.table.len());
-        if coming.came.is_some() && !turn.gives_up_pages() && gained > 0 {
-            state.chunk.take_if(|chunk| chunk.belongs_to(turn));
-            let attached = self.pool.attach_found(turn.spec.realm, log, found);
-            let gained = attached.restored.saturating_sub(turn.table.len());
-            self.pool.truncate(&mut turn.table, 0);
-            let old = std::mem::replace(&mut turn.table, attached.table);
-            self.pool.replace(old, &mut turn.table);
-            turn.named = turn.table.len();
-            turn.receipt.restored_tokens += gained;
-            turn.receipt.recomputed_tokens = turn.receipt.recomputed_tokens.saturating_sub(gained);
-            turn.receipt.restore_ms += coming.since.elapsed().as_secs_f64() * 1e3;
-            state.stats.restored_later(&turn.receipt, gained);
+        if found.tokens() <= turn.table.len() {
+            return;
         }
-        let (receipt, bytes) = (&mut turn.receipt, coming.came.unwrap_or(0));
-        receipt.bytes_read += bytes;
-        // It may have ended before it computed them all.
-        receipt.recomputed_tokens = receipt.recomputed_tokens.min(turn.table.len() - receipt.restored_tokens);
-        state.stats.restored_bytes_read += bytes;
-        state.stats.recomputed_tokens += receipt.recomputed_tokens as u64;
+        let Attached { table, restored, damaged, bytes_read } =
+            self.pool.attach_found(turn.spec.realm, log, found);
+        if !damaged.is_empty() {
+            turn.receipt.miss = Some(Miss::new("page_damaged", restored));
+        }
+        turn.receipt.bytes_read += bytes_read;
+        state.stats.restored_bytes_read += bytes_read;
+        if restored <= turn.table.len() {
+            return self.pool.release(table);
+        }
+        state.chunk.take_if(|chunk| chunk.belongs_to(turn));
+        let gained = restored - turn.table.len();
+        self.pool.truncate(&mut turn.table, 0);
+        let old = std::mem::replace(&mut turn.table, table);
+        self.pool.replace(old, &mut turn.table);
+        turn.named = turn.table.len();
+        turn.receipt.restored_tokens += gained;
+        state.stats.restored_later(&turn.receipt, gained);
+    }
+
+    /// A turn computes no longer what is being read: the two have met, it has ended, or it gives up its pages. Its receipt
+    /// says what came of it.
+    pub(super) fn end_meeting(&mut self, index: usize) {
+        let Some((at, _)) = self.meeting(index) else { return };
+        let coming = self.state.coming.remove(at);
+        let turn = &mut self.state.running[index];
+        let (here, covered) = (turn.table.len(), turn.covered());
+        let goes_on = !turn.gives_up_pages();
+        let receipt = &mut turn.receipt;
+        if goes_on && here < covered && receipt.miss.is_none() {
+            receipt.miss = Some(Miss::new("page_evicted", here));
+        }
+        let known = if goes_on { covered } else { covered.min(here) };
+        receipt.recomputed_tokens = known.saturating_sub(receipt.restored_tokens);
+        receipt.restore_ms += coming.since.elapsed().as_secs_f64() * 1e3;
+        receipt.bytes_read += coming.pages.0.bytes_read();
+        let stats = &mut self.state.stats;
+        stats.restored_bytes_read += coming.pages.0.bytes_read();
+        stats.recomputed_tokens += receipt.recomputed_tokens as u64;
     }
 }

@@ -84,7 +84,7 @@ impl Worker {
                 continue;
             }
             budget.spent += slice.work;
-            budget.rows -= slice.rows;
+            budget.rows = budget.rows.saturating_sub(slice.rows);
             if slice.is_chunk(self.model.decoder().config().layers) {
                 chunk = Some(slice);
             } else {
