@@ -1,22 +1,47 @@
 //! The check of a whole database: SQLite's own structure, and every row that bears truth.
 
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+
 use rusqlite::Connection;
 
-use crate::{StoreError, boundaries, history, keys, responses, schema, sessions, tokens};
+use crate::{StoreError, boundaries, files, history, keys, responses, schema, sessions, tokens};
 
 /// `Damaged` with what was found first, if anything is wrong.
 pub(crate) fn whole(db: &Connection) -> Result<(), StoreError> {
-    structure(db)?;
-    for session in sessions::all(db)? {
-        sessions::settings(db, &session.id)?;
-        tokens::load(db, &session.id, session.log_len)?;
-        history::items(db, &session)?;
-        history::turns(db, &session)?;
-        history::check_events(db, &session)?;
+    // One transaction: of one moment, and without a lock for every query.
+    let moment = db.unchecked_transaction()?;
+    structure(&moment)?;
+    for session in sessions::all(&moment)? {
+        sessions::settings(&moment, &session.id)?;
+        tokens::load(&moment, &session.id, session.log_len)?;
+        history::items(&moment, &session)?;
+        history::turns(&moment, &session)?;
+        history::check_events(&moment, &session)?;
     }
-    boundaries::check(db)?;
-    responses::check(db)?;
-    keys::all(db).map(|_| ())
+    boundaries::check(&moment)?;
+    responses::check(&moment)?;
+    keys::all(&moment).map(|_| ())
+}
+
+/// Checks the files at `paths` on a thread of its own, beside the work on them, and calls `mend` if one is damaged.
+pub(crate) fn beside(
+    paths: [PathBuf; 2],
+    mend: impl FnOnce() + Send + 'static,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("dormouse-check".into()).spawn(move || {
+        let damaged = paths.iter().any(|path| match files::open_beside(path).and_then(|db| whole(&db)) {
+            Err(why) if why.is_damage() => true,
+            Err(why) => {
+                tracing::warn!(path = %path.display(), "the metadata database could not be checked: {why}");
+                false
+            }
+            Ok(()) => false,
+        });
+        if damaged {
+            mend();
+        }
+    })
 }
 
 fn structure(db: &Connection) -> Result<(), StoreError> {

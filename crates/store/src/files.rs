@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags};
 
 use crate::store::Durability;
 use crate::{StoreError, schema};
 
 pub(crate) const PRIMARY: &str = "dormouse.db";
 pub(crate) const MIRROR: &str = "dormouse-mirror.db";
-const CLEAN: &str = "dormouse.clean";
 
 /// SQLite keeps a database in up to three files.
 const SUFFIXES: [&str; 3] = ["", "-wal", "-shm"];
@@ -29,6 +28,13 @@ pub(crate) fn open(path: &Path, wait_for_disk: bool) -> Result<Connection, Store
         false => "PRAGMA synchronous = NORMAL;",
     })?;
     schema::migrate(&mut connection)?;
+    Ok(connection)
+}
+
+/// Opens a database that another connection works on, to look at one moment of it.
+pub(crate) fn open_beside(path: &Path) -> Result<Connection, StoreError> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    connection.execute_batch("PRAGMA cell_size_check = ON; PRAGMA trusted_schema = OFF;")?;
     Ok(connection)
 }
 
@@ -78,22 +84,6 @@ fn sync_directory(directory: &Path) -> Result<(), StoreError> {
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(|why| StoreError::file("cannot flush", directory, why))
-}
-
-/// Takes the mark of a clean shutdown away; false when there was none.
-pub(crate) fn take_clean_mark(directory: &Path) -> Result<bool, StoreError> {
-    let mark = directory.join(CLEAN);
-    if !mark.exists() {
-        return Ok(false);
-    }
-    std::fs::remove_file(&mark).map_err(|why| StoreError::file("cannot remove", &mark, why))?;
-    sync_directory(directory)?;
-    Ok(true)
-}
-
-pub(crate) fn put_clean_mark(directory: &Path) -> Result<(), StoreError> {
-    let mark = directory.join(CLEAN);
-    std::fs::write(&mark, b"").map_err(|why| StoreError::file("cannot write", &mark, why))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

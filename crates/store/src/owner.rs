@@ -16,9 +16,9 @@ use crate::{StoreError, check, files, schema};
 
 pub(crate) type Job = Box<dyn FnOnce(&mut Owner) + Send>;
 
-/// Up to this size both files are checked whole at every open (tens of milliseconds); larger ones only after a
-/// crash, and else when the thread is first idle.
-const CHECK_AT_OPEN_BYTES: u64 = 8 << 20;
+/// Up to this size both files are checked whole at every open, which takes tens of milliseconds; larger ones after it, on a
+/// thread of their own. What is read is checked in any case.
+const CHECK_AT_OPEN_BYTES: u64 = 1 << 20;
 
 /// After a failed write to the mirror (a full disk, say), this many changes pass before it is rebuilt.
 const MIRROR_RETRY_CHANGES: u32 = 64;
@@ -34,7 +34,8 @@ pub(crate) struct Owner {
     changes_until_rebuild: u32,
     /// Write transactions committed to the primary so far.
     sequence: i64,
-    check_when_idle: bool,
+    /// There is a file that was not checked whole.
+    pub(crate) is_unchecked: bool,
     health: Vec<String>,
 }
 
@@ -50,7 +51,6 @@ impl Owner {
         std::fs::create_dir_all(directory)
             .map_err(|why| StoreError::file("cannot create", directory, why))?;
         let lock = DirectoryLock::take(directory)?;
-        let clean = files::take_clean_mark(directory)?;
         let mut owner = Owner {
             directory: directory.to_owned(),
             durability,
@@ -59,10 +59,10 @@ impl Owner {
             mirror: None,
             changes_until_rebuild: 0,
             sequence: 0,
-            check_when_idle: clean,
+            is_unchecked: false,
             health: Vec::new(),
         };
-        owner.open_both(clean)?;
+        owner.open_both()?;
         Ok(owner)
     }
 
@@ -78,9 +78,9 @@ impl Owner {
         files::open(&self.primary_path(), files::waits_for_disk(self.durability))
     }
 
-    fn open_both(&mut self, clean: bool) -> Result<(), StoreError> {
-        let primary = find(&self.primary_path(), files::waits_for_disk(self.durability), clean)?;
-        let mirror = find(&self.mirror_path(), false, clean)?;
+    fn open_both(&mut self) -> Result<(), StoreError> {
+        let primary = self.find(&self.primary_path(), files::waits_for_disk(self.durability))?;
+        let mirror = self.find(&self.mirror_path(), false)?;
         match (primary, mirror) {
             (Found::Missing, Found::Missing) => {
                 self.primary = Some(self.open_primary()?);
@@ -103,6 +103,11 @@ impl Owner {
                         }
                         Err(why) => Err(why),
                     };
+                }
+                if let Err(why) = check::whole(&mirror) {
+                    (self.primary, self.sequence) = (Some(primary), sequence);
+                    self.set_mirror_aside(&why.to_string())?;
+                    return self.rebuild_mirror();
                 }
                 drop(primary);
                 self.mirror = Some(mirror);
@@ -132,22 +137,34 @@ impl Owner {
         }
     }
 
+    fn find(&mut self, path: &Path, wait_for_disk: bool) -> Result<Found, StoreError> {
+        let bytes = match std::fs::metadata(path) {
+            Ok(metadata) => metadata.len(),
+            Err(why) if why.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Missing),
+            Err(why) => return Err(StoreError::file("cannot read", path, why)),
+        };
+        // A crash just after creation, or a file that lost everything: SQLite would take it for a new database.
+        if bytes == 0 {
+            return Ok(Found::Missing);
+        }
+        let opened = files::open(path, wait_for_disk).and_then(|connection| {
+            match bytes <= CHECK_AT_OPEN_BYTES {
+                true => check::whole(&connection)?,
+                false => self.is_unchecked = true,
+            }
+            let sequence = schema::sequence(&connection)?;
+            Ok((connection, sequence))
+        });
+        match opened {
+            Ok((connection, sequence)) => Ok(Found::Usable(connection, sequence)),
+            Err(why) if why.is_damage() => Ok(Found::Damaged(why.to_string())),
+            Err(why) => Err(why),
+        }
+    }
+
     /// Runs jobs until the last handle is gone.
     pub(crate) fn serve(mut self, queue: mpsc::Receiver<Job>) {
-        loop {
-            let job = match queue.try_recv() {
-                Ok(job) => job,
-                Err(mpsc::TryRecvError::Disconnected) => return,
-                Err(mpsc::TryRecvError::Empty) => {
-                    if std::mem::take(&mut self.check_when_idle) {
-                        self.verify();
-                    }
-                    match queue.recv() {
-                        Ok(job) => job,
-                        Err(mpsc::RecvError) => return,
-                    }
-                }
-            };
+        for job in queue {
             // Whoever asked is told by its answer's end; the others must not lose their database.
             if catch_unwind(AssertUnwindSafe(|| job(&mut self))).is_err() && !self.recover() {
                 return;
@@ -298,6 +315,11 @@ impl Owner {
         Ok(())
     }
 
+    /// The two files, for a check beside the work on them.
+    pub(crate) fn paths(&self) -> [PathBuf; 2] {
+        [self.primary_path(), self.mirror_path()]
+    }
+
     /// Puts a copy of the primary in the mirror's place.
     fn rebuild_mirror(&mut self) -> Result<(), StoreError> {
         self.mirror = None;
@@ -328,13 +350,9 @@ impl Owner {
 
     pub(crate) fn close(&mut self) -> Result<(), StoreError> {
         let primary = self.primary.take().ok_or(StoreError::Closed)?;
-        let behind = self.mirror.is_none();
         for connection in [Some(primary), self.mirror.take()].into_iter().flatten() {
             connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
             connection.close().map_err(|(_, why)| StoreError::from(why))?;
-        }
-        if !behind {
-            files::put_clean_mark(&self.directory)?;
         }
         self.lock = None;
         Ok(())
@@ -360,28 +378,4 @@ fn transact<T>(
     schema::set_sequence(&transaction, sequence)?;
     transaction.commit()?;
     Ok(result)
-}
-
-fn find(path: &Path, wait_for_disk: bool, clean: bool) -> Result<Found, StoreError> {
-    let bytes = match std::fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
-        Err(why) if why.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Missing),
-        Err(why) => return Err(StoreError::file("cannot read", path, why)),
-    };
-    // A crash just after creation, or a file that lost everything: SQLite would take it for a new database.
-    if bytes == 0 {
-        return Ok(Found::Missing);
-    }
-    let opened = files::open(path, wait_for_disk).and_then(|connection| {
-        if !clean || bytes <= CHECK_AT_OPEN_BYTES {
-            check::whole(&connection)?;
-        }
-        let sequence = schema::sequence(&connection)?;
-        Ok((connection, sequence))
-    });
-    match opened {
-        Ok((connection, sequence)) => Ok(Found::Usable(connection, sequence)),
-        Err(why) if why.is_damage() => Ok(Found::Damaged(why.to_string())),
-        Err(why) => Err(why),
-    }
 }

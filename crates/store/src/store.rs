@@ -9,7 +9,7 @@ use rusqlite::Connection;
 
 use crate::owner::{Job, Owner};
 use crate::pages::{PageRow, RemovedPage, StepCommit};
-use crate::{StoreError, catalog};
+use crate::{StoreError, catalog, check};
 
 /// What an acknowledged write survives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -48,7 +48,7 @@ pub struct Store {
 
 struct Inner {
     /// Unbounded, but never longer than the number of callers: each waits for its answer.
-    jobs: Option<mpsc::Sender<Job>>,
+    jobs: Option<Arc<mpsc::Sender<Job>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -68,7 +68,19 @@ impl Store {
     /// Errors: `Locked` when another process owns the directory, `Damaged` when neither file can be read.
     pub fn open(directory: &Path, durability: Durability) -> Result<Store, StoreError> {
         let owner = Owner::open(directory, durability)?;
-        let (jobs, queue) = mpsc::channel();
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let jobs = Arc::new(jobs);
+        if owner.is_unchecked {
+            // Weak: a check that lasts keeps no database open.
+            let owner_of = Arc::downgrade(&jobs);
+            let mend = move || {
+                let verify: Job = Box::new(|owner| drop(owner.verify()));
+                // A database that is closed is checked again when it is opened.
+                owner_of.upgrade().map(|jobs| jobs.send(verify).ok());
+            };
+            check::beside(owner.paths(), mend)
+                .map_err(|why| StoreError::file("cannot start the check of", directory, why))?;
+        }
         let thread = std::thread::Builder::new()
             .name("dormouse-store".into())
             .spawn(move || owner.serve(queue))
@@ -96,7 +108,7 @@ impl Store {
         self.ask(|owner, answer| answer(Ok(owner.verify()))).await
     }
 
-    /// Folds the logs into both files, marks them cleanly closed and releases the directory. Later calls are `Closed`.
+    /// Folds the logs into both files, closes them and releases the directory. Later calls are `Closed`.
     pub async fn close(&self) -> Result<(), StoreError> {
         self.ask(|owner, answer| answer(owner.close())).await
     }

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{content, event, fill, new_session, open};
-use dormouse_store::{StoreError, UpdateSession};
+use dormouse_store::{NewEvent, StoreError, UpdateSession};
 
 /// The files as a kill -9 at this moment would leave them.
 fn snapshot(from: &Path, to: &Path) {
@@ -165,4 +165,32 @@ async fn two_damaged_files_are_an_error_that_changes_neither() {
     let result = dormouse_store::Store::open(directory.path(), dormouse_store::Durability::Power).map(|_| ());
     assert!(matches!(result, Err(StoreError::Damaged(_))), "{result:?}");
     assert_eq!(fs::read(directory.path().join("dormouse.db")).unwrap(), vec![b'x'; 9000]);
+}
+
+#[tokio::test]
+async fn damage_in_a_database_too_large_to_be_checked_at_open_is_found_and_mended_beside_the_work() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    store.create_session(new_session("s")).await.unwrap();
+    let data = "x".repeat(2000);
+    let events = (0..1000).map(|_| NewEvent { data: format!("\"{data}\""), ..event("large") }).collect();
+    store.update_session("s", UpdateSession { events, ..UpdateSession::default() }).await.unwrap();
+    let before = content(&store).await;
+    store.close().await.unwrap();
+    drop(store);
+    let path = directory.path().join("dormouse.db");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(100).rposition(|bytes| bytes.iter().all(|byte| *byte == b'x')).unwrap();
+    bytes[at] ^= 1;
+    fs::write(&path, bytes).unwrap();
+
+    let store = open(directory.path());
+    let mut tries = 0;
+    while store.health().await.unwrap().is_empty() {
+        tries += 1;
+        assert!(tries < 1000, "nobody found the damage");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert!(names(directory.path()).iter().any(|name| name.contains(".damaged-1")));
+    assert_eq!(content(&store).await, before);
 }

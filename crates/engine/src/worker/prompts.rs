@@ -1,7 +1,6 @@
 //! Which pieces of prompts a step reads: all that the step's time allows, and beside turns that decode no more than they bear.
 
 use std::ops::Range;
-use std::time::Instant;
 
 use dormouse_kv::TableId;
 use dormouse_models::decoder::Decoder;
@@ -26,6 +25,9 @@ const CHUNK_ROWS: usize = 16;
 const SCORED_ROWS_MOST: usize = 32;
 /// One step in so many is without prompts while turns decode, so that it stays known what decoding alone takes.
 const DECODE_ALONE_EVERY: u64 = 16;
+/// Short prompts come first, but one step in so many belongs to who has waited longest. (Under twice the load that there is room
+/// for, going by time waited ÷ tokens wanted shortened the longest waits by a third, and made the median six times as long.)
+const OLDEST_FIRST_EVERY: u64 = 4;
 
 /// A piece of a prompt that went through the first layers, and waits for a step that takes it on.
 pub(super) struct Chunk {
@@ -66,15 +68,11 @@ impl Worker {
         if prompts.is_empty() {
             return;
         }
-        let Some(mut budget) = self.budget(decoding, self.state.stats.steps) else { return };
-        // Who has waited longest for as much as it wants comes first: short prompts soon, and long ones, too.
-        let now = Instant::now();
-        let waited = |index: usize| {
-            let turn = &running[index];
-            let wanted = turn.log.len() - turn.receipt.restored_tokens;
-            (now - turn.since()).as_secs_f64() / wanted as f64
-        };
-        prompts.sort_by(|a, b| waited(*b).total_cmp(&waited(*a)));
+        let steps = self.state.stats.steps;
+        let Some(mut budget) = self.budget(decoding, steps) else { return };
+        if !steps.is_multiple_of(OLDEST_FIRST_EVERY) {
+            prompts.sort_by_key(|index| running[*index].pending());
+        }
         let mut chunk = None;
         for index in prompts {
             let Some(slice) = self.prompt_slice(index, decoding > 0, &budget, chunk.is_some()) else {
