@@ -29,6 +29,8 @@ const STALL_TIMEOUT_MS: u32 = 60_000;
 /// Connections at once, where the system allows so many files. When all are taken, the one that has been idle for longest
 /// makes room for the next.
 const MOST_CONNECTIONS: usize = 16_384;
+/// Clients that have connected and are not accepted yet: a burst of them waits here, not a second for TCP to try again.
+const BACKLOG: i32 = 4096;
 /// Files that the rest of the process may need: database, pages, weights.
 const OTHER_FILES: u64 = 256;
 /// When the server stops, answers that are on their way have this long to end.
@@ -52,6 +54,8 @@ async fn serve_at_most(
     router: Router,
     shutdown: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
+    // It listens already, with a shorter queue.
+    rustix::net::listen(&listener, BACKLOG)?;
     let (stop, stopping) = watch::channel(false);
     let (slots, idle) = (Arc::new(Semaphore::new(most)), Idle::default());
     let mut connections = JoinSet::new();

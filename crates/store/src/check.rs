@@ -30,6 +30,12 @@ pub(crate) fn beside(
     mend: impl FnOnce() + Send + 'static,
 ) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("dormouse-check".into()).spawn(move || {
+        // Whoever is answered meanwhile comes first. On Linux niceness belongs to a thread; elsewhere it would slow all of the
+        // process down.
+        #[cfg(target_os = "linux")]
+        if let Err(error) = rustix::process::nice(19) {
+            tracing::debug!(%error, "the check of the database takes as much time as others");
+        }
         let damaged = paths.iter().any(|path| match files::open_beside(path).and_then(|db| whole(&db)) {
             Err(why) if why.is_damage() => true,
             Err(why) => {

@@ -139,6 +139,10 @@ CREATE UNIQUE INDEX api_key_names ON api_keys (name) WHERE revoked_ms IS NULL;
     r"
 ALTER TABLE sessions ADD COLUMN bytes_written INTEGER NOT NULL DEFAULT 0;
 ",
+    r"
+CREATE INDEX session_times ON sessions (tenant, implicit, created_ms);
+CREATE INDEX session_ends ON sessions (expires_ms) WHERE expires_ms IS NOT NULL;
+",
 ];
 
 /// Brings the database up to date; a new file gets every table.

@@ -194,15 +194,12 @@ pub(crate) fn list(
         }
         None => (i64::MAX as u64, String::new()),
     };
-    look(
-        db,
-        &format!(
-            "tenant = ?1 AND (implicit = 0 OR ?2) AND {status} AND (created_ms < ?3 OR (created_ms = ?3 AND id < ?4))
-             ORDER BY created_ms DESC, id DESC LIMIT ?5"
-        ),
-        &[&tenant, &implicit, &created, &id, &limit],
-    )
+    let which = if implicit { "tenant = ?1" } else { "tenant = ?1 AND implicit = 0" };
+    look(db, &format!("{which} AND {status} AND {NEWEST_FIRST}"), &[&tenant, &created, &id, &limit])
 }
+
+/// A page of a list.
+const NEWEST_FIRST: &str = "(created_ms, id) < (?2, ?3) ORDER BY created_ms DESC, id DESC LIMIT ?4";
 
 /// Sessions with a turn in progress: what a start after a crash goes on with.
 pub(crate) fn interrupted(db: &Connection) -> Result<Vec<SessionRow>, StoreError> {
@@ -211,12 +208,11 @@ pub(crate) fn interrupted(db: &Connection) -> Result<Vec<SessionRow>, StoreError
 
 /// Idle sessions whose time is up.
 pub(crate) fn expired(db: &Connection, now_ms: u64, limit: usize) -> Result<Vec<SessionRow>, StoreError> {
-    select(
-        db,
-        "expires_ms IS NOT NULL AND expires_ms <= ?1 AND active_turn IS NULL ORDER BY expires_ms LIMIT ?2",
-        &[&now_ms, &limit],
-    )
+    select(db, EXPIRED, &[&now_ms, &limit])
 }
+
+const EXPIRED: &str =
+    "expires_ms IS NOT NULL AND expires_ms <= ?1 AND active_turn IS NULL ORDER BY expires_ms LIMIT ?2";
 
 /// Every session, for a check of the whole database.
 pub(crate) fn all(db: &Connection) -> Result<Vec<SessionRow>, StoreError> {
@@ -301,4 +297,30 @@ pub(crate) fn settings(db: &Connection, session: &str) -> Result<String, StoreEr
 
 fn settings_checksum(session: &str, settings: &str) -> u32 {
     RowChecksum::of("settings").text(session).text(settings).finish()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::schema;
+
+    #[test]
+    fn lists_and_sweeps_read_no_more_sessions_than_they_answer() {
+        let mut db = Connection::open_in_memory().unwrap();
+        schema::migrate(&mut db).unwrap();
+        let list = format!("tenant = ?1 AND implicit = 0 AND {NEWEST_FIRST}");
+        for (condition, values, index) in [(EXPIRED, 2, "session_ends"), (list.as_str(), 4, "session_times")]
+        {
+            let sql = format!("EXPLAIN QUERY PLAN SELECT {COLUMNS} FROM sessions WHERE {condition}");
+            let mut statement = db.prepare(&sql).unwrap();
+            let nothing = vec![0; values];
+            let plan =
+                statement.query_map(rusqlite::params_from_iter(nothing), |row| row.get::<_, String>(3));
+            let plan: Vec<String> = plan.unwrap().map(|line| line.unwrap()).collect();
+            assert_eq!(plan.len(), 1, "nothing is sorted: {plan:?}");
+            assert!(plan[0].starts_with("SEARCH sessions USING") && plan[0].contains(index), "{plan:?}");
+        }
+    }
 }
