@@ -72,6 +72,7 @@ impl Pager {
 /// Until all is read that anybody wants.
 fn read(job: &Job, condition: &Condition, delay: Duration, stop: &AtomicBool) {
     let pages = &job.pages;
+    pages.look_again();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let read = || {
         while !stop.load(Ordering::Relaxed) {

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use dormouse_kernels::{PAGE_TOKENS, PageLayout};
 use dormouse_store::{PageRow, RemovedPage};
@@ -211,21 +211,8 @@ impl PagePool {
         if found.missing == 0 {
             return None;
         }
-        let ranges = found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot]));
-        let with_missing = |page: MappedRange| {
-            let missing = page.missing_bytes();
-            (page, missing)
-        };
-        let mut pages: Vec<_> = ranges.map(with_missing).collect();
-        let first = pages.iter().position(|(_, missing)| *missing > 0).unwrap_or(0);
-        pages.drain(..first);
-        Some(PageIn {
-            unread: Mutex::new(0..pages.len()),
-            bytes_read: AtomicU64::new(0),
-            path: self.path().to_path_buf(),
-            pages,
-            first,
-        })
+        let pages = found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot])).collect();
+        Some(PageIn::new(pages, self.path().to_path_buf()))
     }
 
     /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,

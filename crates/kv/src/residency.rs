@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, UncheckedAdvice};
@@ -36,16 +35,41 @@ impl PageOut {
 /// Pages of a sequence that are to come into RAM, for threads that may wait for the disk.
 #[derive(Debug)]
 pub struct PageIn {
-    /// In the order of the sequence, from its page `first` on, with the bytes of each that were not in RAM.
-    pub(crate) pages: Vec<(MappedRange, u64)>,
-    pub(crate) first: usize,
-    pub(crate) path: PathBuf,
-    /// Which of `pages` nobody has begun to read.
-    pub(crate) unread: Mutex<Range<usize>>,
-    pub(crate) bytes_read: AtomicU64,
+    /// In the order of the sequence, from its page `first` on.
+    pages: Vec<MappedRange>,
+    first: usize,
+    path: PathBuf,
+    progress: Mutex<Progress>,
+}
+
+/// How far pages have been read.
+#[derive(Debug)]
+struct Progress {
+    /// Those that nobody has begun to read.
+    unread: Range<usize>,
+    /// Those that somebody is reading.
+    reading: Vec<usize>,
+    /// Bytes of each that were not in RAM when that was last asked.
+    missing: Vec<u64>,
+    bytes_read: u64,
 }
 
 impl PageIn {
+    /// What of a sequence's `pages` has to come from disk: all from the first that is not in RAM on.
+    pub(crate) fn new(mut pages: Vec<MappedRange>, path: PathBuf) -> PageIn {
+        let mut missing = missing_bytes(&pages);
+        let first = missing.iter().position(|bytes| *bytes > 0).unwrap_or(0);
+        pages.drain(..first);
+        missing.drain(..first);
+        let progress = Progress { unread: 0..pages.len(), reading: Vec::new(), missing, bytes_read: 0 };
+        PageIn { pages, first, path, progress: Mutex::new(progress) }
+    }
+
+    /// Looks again what is missing, just before it is read: others may have read it meanwhile.
+    pub fn look_again(&self) {
+        self.lock().missing = missing_bytes(&self.pages);
+    }
+
     /// The sequence's first page that is read.
     pub fn first(&self) -> usize {
         self.first
@@ -53,31 +77,40 @@ impl PageIn {
 
     /// Pages that nobody has begun to read.
     pub fn unread(&self) -> usize {
-        self.lock().len()
+        self.lock().unread.len()
     }
 
     /// Bytes that were not in RAM.
     pub fn missing_bytes(&self) -> u64 {
-        self.pages.iter().map(|(_, missing)| missing).sum()
+        self.lock().missing.iter().sum()
+    }
+
+    /// What came from disk so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.lock().bytes_read
     }
 
     /// Reads the next page, as disks like it. False when none is left.
     pub fn read_first(&self) -> bool {
-        let page = self.lock().next();
-        self.read(page)
+        self.read(Range::next)
     }
 
     /// Reads the last page that was not read: who computes the sequence meanwhile, from its beginning, meets what was read.
     /// False when none is left.
     pub fn read_last(&self) -> bool {
-        let page = self.lock().next_back();
-        self.read(page)
+        self.read(Range::next_back)
     }
 
-    fn read(&self, page: Option<usize>) -> bool {
-        let Some((page, missing)) = page.map(|page| &self.pages[page]) else { return false };
-        match page.populate() {
-            Ok(()) => drop(self.bytes_read.fetch_add(*missing, Ordering::Relaxed)),
+    fn read(&self, take: impl FnOnce(&mut Range<usize>) -> Option<usize>) -> bool {
+        let mut progress = self.lock();
+        let Some(index) = take(&mut progress.unread) else { return false };
+        progress.reading.push(index);
+        drop(progress);
+        let outcome = self.pages[index].populate();
+        let mut progress = self.lock();
+        progress.reading.retain(|reading| *reading != index);
+        match outcome {
+            Ok(()) => progress.bytes_read += progress.missing[index],
             // Attaching meets it again, and knows what to do about it.
             Err(error) => {
                 tracing::warn!(path = %self.path.display(), %error, "could not read a KV page ahead");
@@ -86,15 +119,12 @@ impl PageIn {
         true
     }
 
-    /// What came from disk so far.
-    pub fn bytes_read(&self) -> u64 {
-        self.bytes_read.load(Ordering::Relaxed)
-    }
-
-    /// The sequence's first `pages` have been computed, and need not be read.
-    pub fn computed(&self, pages: usize) {
-        let mut unread = self.lock();
-        unread.start = unread.end.min(unread.start.max(pages.saturating_sub(self.first)));
+    /// The sequence's first `pages` have been computed, and need not be read. Whether all that come after them have been.
+    pub fn computed(&self, pages: usize) -> bool {
+        let mut progress = self.lock();
+        let computed = pages.saturating_sub(self.first);
+        progress.unread.start = progress.unread.end.min(progress.unread.start.max(computed));
+        progress.unread.is_empty() && progress.reading.iter().all(|reading| *reading < computed)
     }
 
     /// Nobody needs the rest any more.
@@ -102,10 +132,14 @@ impl PageIn {
         self.computed(usize::MAX);
     }
 
-    /// A range is whole at any moment, also after a panic.
-    fn lock(&self) -> MutexGuard<'_, Range<usize>> {
-        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What it guards is whole at any moment, also after a panic.
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn missing_bytes(pages: &[MappedRange]) -> Vec<u64> {
+    pages.iter().map(MappedRange::missing_bytes).collect()
 }
 
 impl MappedRange {

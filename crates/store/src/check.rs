@@ -9,19 +9,23 @@ use crate::{StoreError, boundaries, files, history, keys, responses, schema, ses
 
 /// `Damaged` with what was found first, if anything is wrong.
 pub(crate) fn whole(db: &Connection) -> Result<(), StoreError> {
-    // One transaction: of one moment, and without a lock for every query.
-    let moment = db.unchecked_transaction()?;
-    structure(&moment)?;
-    for session in sessions::all(&moment)? {
+    structure(db)?;
+    for session in sessions::all(db)? {
+        // Of one moment each: others may write meanwhile, and must not wait for all of it to fold their changes in.
+        let moment = db.unchecked_transaction()?;
+        let session = match sessions::load(&moment, &session.id) {
+            Err(StoreError::SessionNotFound(_)) => continue,
+            found => found?,
+        };
         sessions::settings(&moment, &session.id)?;
         tokens::load(&moment, &session.id, session.log_len)?;
         history::items(&moment, &session)?;
         history::turns(&moment, &session)?;
         history::check_events(&moment, &session)?;
     }
-    boundaries::check(&moment)?;
-    responses::check(&moment)?;
-    keys::all(&moment).map(|_| ())
+    boundaries::check(db)?;
+    responses::check(db)?;
+    keys::all(db).map(|_| ())
 }
 
 /// Checks the files at `paths` on a thread of its own, beside the work on them, and calls `mend` if one is damaged.

@@ -48,14 +48,24 @@ pub(crate) fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
         .map(|number| with_suffix(path, &format!(".damaged-{number}")))
         .find(|aside| !SUFFIXES.iter().any(|suffix| with_suffix(aside, suffix).exists()))
         .unwrap_or_else(|| with_suffix(path, ".damaged"));
+    rename(path, &aside, "cannot set aside")?;
+    Ok(aside)
+}
+
+/// Gives a database that was set aside its name again, with all that it has not folded in.
+pub(crate) fn put_back(aside: &Path, path: &Path) -> Result<(), StoreError> {
+    rename(aside, path, "cannot put back")
+}
+
+fn rename(from: &Path, to: &Path, failure: &'static str) -> Result<(), StoreError> {
     for suffix in SUFFIXES {
-        let from = with_suffix(path, suffix);
+        let from = with_suffix(from, suffix);
         if from.exists() {
-            std::fs::rename(&from, with_suffix(&aside, suffix))
-                .map_err(|why| StoreError::file("cannot set aside", &from, why))?;
+            std::fs::rename(&from, with_suffix(to, suffix))
+                .map_err(|why| StoreError::file(failure, &from, why))?;
         }
     }
-    Ok(aside)
+    Ok(())
 }
 
 /// Copies a whole database into a new file at `to`, which must not exist; atomic and durable.

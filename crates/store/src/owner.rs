@@ -105,8 +105,11 @@ impl Owner {
                     };
                 }
                 if let Err(why) = check::whole(&mirror) {
+                    if !why.is_damage() {
+                        return Err(why);
+                    }
                     (self.primary, self.sequence) = (Some(primary), sequence);
-                    self.set_mirror_aside(&why.to_string())?;
+                    self.set_mirror_aside(&format!("{why}; it had {} changes more", mirrored - sequence))?;
                     return self.rebuild_mirror();
                 }
                 drop(primary);
@@ -176,8 +179,6 @@ impl Owner {
     /// is no database any more.
     fn recover(&mut self) -> bool {
         self.report("a request to the metadata database met a bug; the log says where".into());
-        self.mirror = None;
-        self.changes_until_rebuild = 1;
         if self.primary.is_none() && self.lock.is_some() {
             self.primary = self.open_primary().ok();
         }
@@ -185,6 +186,11 @@ impl Owner {
             Ok(sequence) => self.sequence = sequence,
             // Once it is closed there is nothing to recover.
             Err(_) => return self.lock.is_none(),
+        }
+        let sequence = self.sequence;
+        let is_behind = |mirror: &mut Connection| !schema::sequence(mirror).is_ok_and(|at| at == sequence);
+        if self.mirror.take_if(is_behind).is_some() {
+            self.changes_until_rebuild = 1;
         }
         true
     }
@@ -236,8 +242,9 @@ impl Owner {
     fn follow<T>(&mut self, change: &dyn Fn(&Connection) -> Result<T, StoreError>) {
         let Some(mirror) = self.mirror.as_mut() else {
             self.changes_until_rebuild = self.changes_until_rebuild.saturating_sub(1);
+            // The old mirror may be all that is whole: a damaged primary must not take its place.
             if self.changes_until_rebuild == 0
-                && let Err(why) = self.rebuild_mirror()
+                && let Err(why) = self.primary().and_then(check::whole).and_then(|()| self.rebuild_mirror())
             {
                 self.changes_until_rebuild = MIRROR_RETRY_CHANGES;
                 tracing::warn!("the metadata database's mirror is still behind: {why}");
@@ -280,17 +287,22 @@ impl Owner {
 
     /// Sets the primary aside, if it is there, and puts a copy of the mirror in its place.
     fn replace_primary(&mut self, why: &str) -> Result<(), StoreError> {
-        self.primary = None;
+        let was_open = self.primary.take().is_some();
         let path = self.primary_path();
-        let aside = files::set_aside(&path)?;
+        let aside = match files::set_aside(&path) {
+            Ok(aside) => aside,
+            Err(failed) => {
+                self.primary = if was_open { self.open_primary().ok() } else { None };
+                return Err(failed);
+            }
+        };
         let mirror = self.mirror.as_ref().ok_or(StoreError::Closed)?;
         let sequence = schema::sequence(mirror)?;
         let copied = files::copy(mirror, &path);
         if let Err(failed) = copied {
             // The damaged file may still serve what is intact in it.
             if aside.exists() {
-                std::fs::rename(&aside, &path)
-                    .map_err(|why| StoreError::file("cannot put back", &path, why))?;
+                files::put_back(&aside, &path)?;
                 self.primary = Some(self.open_primary()?);
             }
             return Err(failed);

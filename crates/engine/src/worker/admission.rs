@@ -47,7 +47,7 @@ impl Worker {
                     let there = &waiting.restorable()[..pages.first() * PAGE_TOKENS];
                     let (turn, found) = (spec.turn.clone(), self.pool.find(spec.realm, there));
                     self.begin(waiting, found, queue_ms, None);
-                    self.page_in(pages, Who::Running { turn, met: false });
+                    self.page_in(pages, Who::Running(turn));
                 }
                 Some(pages) => self.page_in(pages, Who::Waiting { waiting: Box::new(waiting), queue_ms }),
             }

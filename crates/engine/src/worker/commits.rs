@@ -32,6 +32,7 @@ impl Worker {
         while index < self.state.running.len() {
             let turn = &self.state.running[index];
             if turn.is_over() {
+                self.end_meeting(index);
                 let turn = self.state.running.remove(index);
                 self.pool.release(turn.close(&mut self.outbox));
                 self.state.room += 1;

@@ -30,8 +30,8 @@ pub(super) struct Coming {
 pub(super) enum Who {
     /// A turn that begins when they are there.
     Waiting { waiting: Box<Waiting>, queue_ms: f64 },
-    /// The running turn of this name, which computes them meanwhile. `met`: nothing is left to be read.
-    Running { turn: String, met: bool },
+    /// The running turn of this name, which computes them meanwhile.
+    Running(String),
     /// Somebody who wants them in RAM.
     Resume { realm: Realm, log: Vec<TokenId>, answer: oneshot::Sender<Result<Receipt, EngineError>> },
 }
@@ -54,7 +54,7 @@ impl Coming {
     pub fn give_up(self) -> Option<Waiting> {
         match self.who {
             Who::Waiting { waiting, .. } => Some(*waiting),
-            Who::Running { .. } => None,
+            Who::Running(_) => None,
             Who::Resume { answer, .. } => {
                 let _ = answer.send(Err(EngineError::Stopped));
                 None
@@ -84,7 +84,7 @@ impl Worker {
     pub(super) fn page_in(&mut self, pages: PageIn, who: Who) {
         let (id, pages) = (self.state.next_page_in, Arc::new(pages));
         self.state.next_page_in += 1;
-        self.pager.send(id, Arc::clone(&pages), matches!(who, Who::Running { .. }));
+        self.pager.send(id, Arc::clone(&pages), matches!(who, Who::Running(_)));
         self.state.coming.push(Coming { id, who, pages: Wanted(pages), since: Instant::now() });
     }
 
@@ -109,9 +109,8 @@ impl Worker {
         }
         // Whoever asked for them may be gone.
         let Some(at) = self.state.coming.iter().position(|coming| coming.id == paged.id) else { return };
-        if let Who::Running { met, .. } = &mut self.state.coming[at].who {
-            // It goes on behind them as soon as it has no commit under way.
-            *met = true;
+        if matches!(self.state.coming[at].who, Who::Running(_)) {
+            // It sees for itself how far they are.
             return;
         }
         let Coming { who, since, .. } = self.state.coming.remove(at);
@@ -122,7 +121,7 @@ impl Worker {
                 self.begin(*waiting, found, queue_ms, Some(paged));
             }
             Who::Resume { realm, log, answer } => self.bring(realm, &log, paged, answer),
-            Who::Running { .. } => {}
+            Who::Running(_) => {}
         }
     }
 
@@ -146,8 +145,8 @@ impl Worker {
     pub(super) fn meet(&mut self) {
         for index in 0..self.state.running.len() {
             let turn = &self.state.running[index];
-            let Some((at, met)) = self.meeting(index) else { continue };
-            self.state.coming[at].pages.0.computed(turn.table.len() / PAGE_TOKENS);
+            let Some(at) = self.meeting(index) else { continue };
+            let met = self.state.coming[at].pages.0.computed(turn.table.len() / PAGE_TOKENS);
             if turn.ending.is_some() {
                 self.end_meeting(index);
             } else if met && turn.in_flight.is_none() && !turn.is_pausing {
@@ -157,13 +156,11 @@ impl Worker {
         }
     }
 
-    /// The pages that a running turn is to meet, and whether it has.
-    fn meeting(&self, index: usize) -> Option<(usize, bool)> {
+    /// The pages that a running turn is to meet.
+    fn meeting(&self, index: usize) -> Option<usize> {
         let name = &self.state.running[index].spec.turn;
-        self.state.coming.iter().enumerate().find_map(|(at, coming)| match &coming.who {
-            Who::Running { turn, met } if turn == name => Some((at, *met)),
-            _ => None,
-        })
+        let is_its = |coming: &Coming| matches!(&coming.who, Who::Running(turn) if turn == name);
+        self.state.coming.iter().position(is_its)
     }
 
     /// Puts what was read behind what a turn has computed.
@@ -198,7 +195,7 @@ impl Worker {
     /// A turn computes no longer what is being read: the two have met, it has ended, or it gives up its pages. Its receipt
     /// says what came of it.
     pub(super) fn end_meeting(&mut self, index: usize) {
-        let Some((at, _)) = self.meeting(index) else { return };
+        let Some(at) = self.meeting(index) else { return };
         let coming = self.state.coming.remove(at);
         let turn = &mut self.state.running[index];
         let (here, covered) = (turn.table.len(), turn.covered());
