@@ -492,7 +492,8 @@ impl Plan {
         let miss = if self.model_changed { Some(changed) } else { self.miss.or(start.miss) };
         let (session, turn, realm) = (&self.change.session, &self.change.turn, realm(tenant, &self.settings));
         let spec = spec(&self.engine, &self.record, session, turn, fence, self.log, realm);
-        let spec = TurnSpec { covered: self.covered, claim, grammar: self.grammar, ..spec };
+        let (covered, grammar, pinned) = (self.covered, self.grammar, self.settings.pinned);
+        let spec = TurnSpec { covered, claim, pinned, grammar, ..spec };
         Run {
             engine: self.engine,
             spec,
@@ -529,6 +530,7 @@ pub(crate) fn spec(
         output_start,
         covered: 0,
         claim: None,
+        pinned: false,
         sampling: generation.sampling.clone(),
         prompt_logprobs: generation.prompt_logprobs,
         max_tokens: generation.max_tokens.map_or(room, |most| most.min(room)),

@@ -169,6 +169,14 @@ pub(super) fn work(decoder: &Decoder, start: usize, rows: usize, layers: Range<u
     layers.map(|layer| decoder.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
 }
 
+/// The position at which a token costs about twice what the first one does: infinite where windows keep it from growing.
+pub(super) fn cost_doubles_at(decoder: &Decoder, context: usize) -> f64 {
+    let layers = 0..decoder.config().layers;
+    let cost = |position: usize| work(decoder, position, 1, layers.clone());
+    let (first, last) = (cost(0), cost(context - 1));
+    first * context as f64 / (last - first)
+}
+
 /// Where a chunk is after the layers that the budget allows: at least one.
 fn layers_within(decoder: &Decoder, chunk: &Chunk, budget: f64) -> usize {
     let (first, mut spent) = (chunk.layers, 0.0);
