@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dormouse_answer::OutputFormat;
 use dormouse_engine::{Engine, Grammar, Miss, Priority, Realm, TurnSpec};
 use dormouse_store::{BeginTurn, History, ResponseRow, StoreError};
 use serde_json::{Value, json};
@@ -308,11 +309,14 @@ impl Runtime {
         Ok(hash)
     }
 
-    /// What the turn will change, planned off the async threads: a long conversation takes tens of milliseconds to
-    /// render and tokenise.
+    /// What the turn will change, planned off the async threads where it may take long: a long conversation takes tens of
+    /// milliseconds to render and tokenise.
     async fn plan(&self, history: History, log: Vec<u32>, start: Start) -> Result<Plan, SessionError> {
         let settings: Settings = decode(&history.settings)?;
         let engine = self.inner.engine_of(&settings)?.clone();
+        if is_short(&settings, &history, &log, &start) {
+            return Plan::new(engine, settings, history, log, start);
+        }
         let (request, span) = (request::current(), Span::current());
         let planned = tokio::task::spawn_blocking(move || {
             let plan = || Plan::new(engine, settings, history, log, start);
@@ -321,6 +325,23 @@ impl Runtime {
         .await;
         planned.map_err(|why| SessionError::Internal(format!("planning the turn failed: {why}")))?
     }
+}
+
+/// Whether a turn is planned sooner than another thread is woken to do it: a short conversation in free text.
+fn is_short(settings: &Settings, history: &History, log: &[u32], start: &Start) -> bool {
+    const TEXT_MOST: usize = 4 << 10;
+    const BYTES_A_TOKEN: usize = 4;
+    let text = |message: &Message| message.get("content").and_then(Value::as_str).map(str::len);
+    let new = start.input.iter().try_fold(0, |sum, message| Some(sum + text(message)?));
+    let instructions = settings.instructions.as_ref().map_or(0, String::len);
+    let is_free = start.generation.format == OutputFormat::Text
+        && settings.tools.is_empty()
+        && start.tools.is_none()
+        && start.frame.is_none();
+    is_free
+        && new.is_some_and(|new| {
+            new + instructions + BYTES_A_TOKEN * log.len() <= TEXT_MOST && history.items.len() <= 16
+        })
 }
 
 /// A turn on paper.
