@@ -169,7 +169,8 @@ pub(super) fn work(decoder: &Decoder, start: usize, rows: usize, layers: Range<u
     layers.map(|layer| decoder.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
 }
 
-/// The position at which a token costs about twice what the first one does: infinite where windows keep it from growing.
+/// The position at which a token costs twice what the first one does, if its cost grew from there to the context's end evenly: with
+/// windows it grows at first and then no more.
 pub(super) fn cost_doubles_at(decoder: &Decoder, context: usize) -> f64 {
     let layers = 0..decoder.config().layers;
     let cost = |position: usize| work(decoder, position, 1, layers.clone());
