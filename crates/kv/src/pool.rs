@@ -43,6 +43,9 @@ pub struct PagePool {
     pub(crate) in_flight: VecDeque<InFlight>,
     /// Live tables of sessions, with the leaf that the session claims in the catalog.
     pub(crate) table_claims: HashMap<TableId, Option<u32>>,
+    /// Slots whose bytes changed otherwise than by a forward pass, or that nobody is about to read: what copies of them on a
+    /// device must go for.
+    pub(crate) changed: BTreeSet<u32>,
     pub(crate) poisoned: Arc<AtomicBool>,
     pub(crate) counters: Counters,
     pub(crate) next_ticket: u64,
@@ -164,6 +167,7 @@ impl PagePool {
             removals: rebuilt.removed,
             in_flight: VecDeque::new(),
             table_claims: HashMap::new(),
+            changed: BTreeSet::new(),
             poisoned: Arc::new(AtomicBool::new(false)),
             counters: Counters::default(),
             next_ticket: 1,
@@ -264,6 +268,7 @@ impl PagePool {
         for slot in &slots {
             self.tree.node_mut(*slot).mapped = false;
         }
+        self.changed.extend(&slots);
         let ranges = self.file.ranges(slots);
         let before = resident_bytes(&ranges);
         let mut after = before;

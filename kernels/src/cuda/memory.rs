@@ -8,11 +8,17 @@ use std::sync::Arc;
 use super::driver::{CudaError, call};
 use super::gpu::Gpu;
 
-/// Numbers that devices and hosts lay out alike, and of which every bit pattern is one.
+/// Numbers that devices and hosts lay out alike, without gaps between them, and of which every bit pattern is one.
 ///
 /// # Safety
 /// As the first sentence says.
-pub unsafe trait Plain: Copy + 'static {}
+pub unsafe trait Plain: Copy + 'static {
+    /// The bytes of some values.
+    fn bytes(values: &[Self]) -> &[u8] {
+        // SAFETY: there are no gaps between the numbers, and bytes need no alignment.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+    }
+}
 // SAFETY: numbers.
 unsafe impl Plain for u8 {}
 // SAFETY: numbers.

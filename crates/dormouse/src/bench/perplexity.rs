@@ -28,6 +28,7 @@ pub async fn perplexity(config: &Config, arguments: &BenchPerplexityArguments, a
     };
     let model = Model::load(&file.path, options, &mut |_, _| {})?;
 
+    let decoder = model.weights().on_cpu().context("perplexity is measured on the CPU alone")?;
     let tokenizer = model.tokenizer();
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let tokens = tokenizer.encode(&text, Specials::Literal, false)?;
@@ -40,7 +41,7 @@ pub async fn perplexity(config: &Config, arguments: &BenchPerplexityArguments, a
     for chunk in tokens.chunks(window) {
         let chunk: Vec<u32> = bos.into_iter().chain(chunk.iter().copied()).collect();
         // The first token of a chunk is not scored, with or without a beginning-of-sequence token before it.
-        let of_chunk = negative_log_likelihoods(model.decoder(), &cpu, config.kv_dtype, &chunk);
+        let of_chunk = negative_log_likelihoods(decoder, &cpu, config.kv_dtype, &chunk);
         costs.extend_from_slice(&of_chunk[bos.iter().len().min(of_chunk.len())..]);
         bar.inc(chunk.len() as u64);
     }
