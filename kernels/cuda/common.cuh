@@ -17,7 +17,7 @@ static constexpr int WARP = 32;
 #include <cuda_fp16.h>
 
 // A kernel takes one argument, a struct that the host fills in with the same layout.
-#define KERNEL(name, Args) extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ Args args)
+#define KERNEL(name, Args) extern "C" __global__ void __launch_bounds__(256, 1) name(const __grid_constant__ Args args)
 #define DEVICE __device__ __forceinline__
 // Shared memory whose size the launch says.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]

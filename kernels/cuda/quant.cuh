@@ -206,22 +206,18 @@ struct Q4_K {
 };
 
 struct Q5_K {
-    const u8* high;
-    const u8* quants;
+    const u8* block;
+    // Run of the block.
     u32 j;
     float scale, minimum;
-    DEVICE Q5_K(const u8* row, u32 run) {
-        const u8* block = row + run / 8 * 176;
-        j = run % 8;
+    DEVICE Q5_K(const u8* row, u32 run) : block(row + run / 8 * 176), j(run % 8) {
         u32 s, m;
         scale_and_minimum(block + 4, j, s, m);
         scale = half_at(block, 0) * static_cast<float>(s);
         minimum = half_at(block, 2) * static_cast<float>(m);
-        high = block + 16;
-        quants = block + 48 + j / 2 * 32;
     }
     DEVICE void octet(u32 o, float* out) const {
-        const Bytes8<u32> low(quants + o * 8), upper(high + o * 8);
+        const Bytes8<u32> low(block + 48 + j / 2 * 32 + o * 8), upper(block + 16 + o * 8);
         for (u32 i = 0; i < 8; i++) {
             const u32 quant = ((low[i] >> (j % 2 * 4)) & 0x0fu) | ((upper[i] >> j) & 1u) << 4;
             out[i] = scale * static_cast<float>(quant) - minimum;

@@ -106,6 +106,47 @@ impl Device {
     }
 }
 
+/// A GPU of this computer, for people.
+#[derive(Clone, Debug)]
+pub struct Accelerator {
+    /// As settings name it.
+    pub device: String,
+    pub name: String,
+    pub memory_bytes: u64,
+    pub compute_capability: String,
+    /// The newest CUDA that the driver supports.
+    pub driver: String,
+    /// Bytes per second to the device and back; or why it cannot compute, e.g. because this build has no code for it.
+    pub copies: Result<(f64, f64), String>,
+}
+
+/// All GPUs, each tried out; or why there are none.
+#[cfg(feature = "cuda")]
+pub fn accelerators() -> Result<Vec<Accelerator>, String> {
+    use dormouse_kernels::cuda::{CopyRates, CudaError, Gpu, devices, driver_version};
+    let find = || Ok((driver_version()?, devices()?));
+    let ((major, minor), found) = find().map_err(|error: CudaError| error.to_string())?;
+    let measure = |ordinal| {
+        let rates = CopyRates::measure(&Gpu::open(ordinal)?)?;
+        Ok((rates.to_device, rates.to_host))
+    };
+    let accelerator = |(ordinal, facts): (usize, dormouse_kernels::cuda::DeviceFacts)| Accelerator {
+        device: format!("cuda:{ordinal}"),
+        memory_bytes: facts.memory_bytes as u64,
+        compute_capability: format!("{}.{}", facts.major, facts.minor),
+        driver: format!("CUDA {major}.{minor}"),
+        copies: measure(ordinal).map_err(|error: CudaError| error.to_string()),
+        name: facts.name,
+    };
+    Ok(found.into_iter().enumerate().map(accelerator).collect())
+}
+
+/// All GPUs, each tried out; or why there are none.
+#[cfg(not(feature = "cuda"))]
+pub fn accelerators() -> Result<Vec<Accelerator>, String> {
+    Err("this build computes on the CPU alone (its feature 'cuda' is off)".into())
+}
+
 fn not_here(choice: DeviceChoice, what: impl Into<String>) -> ModelError {
     ModelError::Device { device: choice.to_string(), what: what.into() }
 }

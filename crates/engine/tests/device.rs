@@ -40,9 +40,9 @@ fn new_rig(model: &Arc<Model>) -> Rig {
 async fn an_engine_that_stopped_or_was_killed_in_mid_answer_goes_on_with_the_same_tokens() {
     for kv_dtype in [KvDtype::F16, KvDtype::Q8_0] {
         let model = on_device(None, kv_dtype);
-        let (prompt, ask) = (prose(1, 100), greedy(60));
+        let (prompt, ask) = (prose(1, 100), greedy(36));
         let (expected, _) = new_rig(&model).answer("s", &prompt, &ask).await;
-        assert_eq!(expected.tokens.len(), 60);
+        assert_eq!(expected.tokens.len(), 36);
 
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
@@ -50,7 +50,7 @@ async fn an_engine_that_stopped_or_was_killed_in_mid_answer_goes_on_with_the_sam
         first.create("s").await;
         let mut running = first.begin("s", 0, &prompt, &ask).await;
         let turn = running.id.clone();
-        while running.said() < 40 {
+        while running.said() < 28 {
             running.next().await;
         }
         let killed = copy(&path);
@@ -79,7 +79,7 @@ async fn sessions_that_outgrow_the_device_together_say_what_each_says_alone() {
     let alone = new_rig(&plenty);
     let mut expected = Vec::new();
     for n in 0..4 {
-        expected.push(alone.answer(&format!("s{n}"), &prose(n, 70 + 20 * n), &greedy(12)).await.0.tokens);
+        expected.push(alone.answer(&format!("s{n}"), &prose(n, 70 + 20 * n), &greedy(6)).await.0.tokens);
     }
     // Three pages: the longest session's, and never two sessions'.
     let rig = new_rig(&on_device(Some(3), KvDtype::F16));
@@ -87,7 +87,7 @@ async fn sessions_that_outgrow_the_device_together_say_what_each_says_alone() {
     for n in 0..4 {
         let session = format!("s{n}");
         rig.create(&session).await;
-        running.push(rig.begin(&session, 0, &prose(n, 70 + 20 * n), &greedy(12)).await);
+        running.push(rig.begin(&session, 0, &prose(n, 70 + 20 * n), &greedy(6)).await);
     }
     for (turn, expected) in running.into_iter().zip(&expected) {
         assert_eq!(&rig.finish(turn).await.0.tokens, expected);
@@ -105,17 +105,17 @@ async fn pages_that_change_behind_the_devices_back_are_read_again() {
     // Others that begin alike, in the middle of a page.
     for (name, keep) in [("fork", 80), ("other", 30)] {
         let input = [&prompt[..keep], &prose(4, 40)].concat();
-        let (got, _) = rig.answer(name, &input, &greedy(8)).await;
-        let (expected, _) = fresh.answer(name, &input, &greedy(8)).await;
+        let (got, _) = rig.answer(name, &input, &greedy(5)).await;
+        let (expected, _) = fresh.answer(name, &input, &greedy(5)).await;
         assert_eq!(got.tokens, expected.tokens, "{name}");
     }
     let log = rig.store.token_log("s").await.unwrap();
     rig.engine.park(Realm::default(), log.clone()).await.unwrap();
-    let turn = rig.begin("s", 70, &prose(5, 30), &greedy(8)).await;
+    let turn = rig.begin("s", 70, &prose(5, 30), &greedy(5)).await;
     let (got, receipt) = rig.finish(turn).await;
     assert!(receipt.restored_tokens >= 64, "{receipt:?}");
     let input = [&log[..70], &prose(5, 30)].concat();
-    assert_eq!(got.tokens, fresh.answer("s", &input, &greedy(8)).await.0.tokens, "rewound");
+    assert_eq!(got.tokens, fresh.answer("s", &input, &greedy(5)).await.0.tokens, "rewound");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,6 +25,8 @@ constexpr size_t STATIC_SHARED_MOST = 48 << 10;
 constexpr size_t FILLED_MOST = 16 << 20;
 
 struct Stream {
+    // Held while the work is done.
+    std::mutex running;
     std::vector<std::function<void()>> work;
 };
 
@@ -33,7 +35,8 @@ struct Allocation {
     size_t mapped_bytes, bytes;
 };
 
-std::recursive_mutex lock;
+// Of everything below, and of all streams' lists of work.
+std::mutex lock;
 std::map<u64, Allocation> allocations;
 std::set<Stream*> streams;
 size_t used_bytes = 0;
@@ -45,14 +48,28 @@ size_t total_bytes() {
 }
 
 void finish(Stream& stream) {
-    const std::vector<std::function<void()>> work = std::move(stream.work);
-    stream.work.clear();
+    const std::lock_guard<std::mutex> running(stream.running);
+    std::vector<std::function<void()>> work;
+    {
+        const std::lock_guard<std::mutex> guard(lock);
+        work.swap(stream.work);
+    }
     for (const std::function<void()>& one : work) one();
+}
+
+// What waits for the whole device.
+void finish_all() {
+    std::vector<Stream*> all;
+    {
+        const std::lock_guard<std::mutex> guard(lock);
+        all.assign(streams.begin(), streams.end());
+    }
+    for (Stream* stream : all) finish(*stream);
 }
 
 template <typename Work>
 int queue(Stream* stream, Work work) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
+    const std::lock_guard<std::mutex> guard(lock);
     if (!context_is_current) return InvalidContext;
     if (streams.count(stream) == 0) return InvalidValue;
     stream->work.emplace_back(work);
@@ -128,14 +145,14 @@ int cuCtxSetCurrent(void* context) {
 }
 
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
+    const std::lock_guard<std::mutex> guard(lock);
     *total = total_bytes();
     *free = *total - used_bytes;
     return Success;
 }
 
 int cuMemAlloc_v2(u64* at, size_t bytes) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
+    const std::lock_guard<std::mutex> guard(lock);
     if (!context_is_current) return InvalidContext;
     if (bytes == 0) return InvalidValue;
     if (bytes > total_bytes() - used_bytes) return OutOfMemory;
@@ -155,10 +172,10 @@ int cuMemAlloc_v2(u64* at, size_t bytes) {
 }
 
 int cuMemFree_v2(u64 at) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
+    finish_all();
+    const std::lock_guard<std::mutex> guard(lock);
     const auto found = allocations.find(at);
     if (found == allocations.end()) return InvalidValue;
-    for (Stream* stream : streams) finish(*stream);
     munmap(found->second.mapping, found->second.mapped_bytes);
     used_bytes -= found->second.bytes;
     allocations.erase(found);
@@ -171,31 +188,26 @@ int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
 }
 
 int cuMemFreeHost(void* at) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
-    for (Stream* stream : streams) finish(*stream);
+    finish_all();
     free(at);
     return Success;
 }
 
 int cuStreamCreate(Stream** stream, unsigned) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
+    const std::lock_guard<std::mutex> guard(lock);
     *stream = new Stream;
     streams.insert(*stream);
     return Success;
 }
 
 int cuStreamSynchronize(Stream* stream) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
-    if (streams.count(stream) == 0) return InvalidValue;
     finish(*stream);
     return Success;
 }
 
+// Its memory stays: another thread may be about to wait for the whole device.
 int cuStreamDestroy_v2(Stream* stream) {
-    const std::lock_guard<std::recursive_mutex> guard(lock);
     finish(*stream);
-    streams.erase(stream);
-    delete stream;
     return Success;
 }
 

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::driver::{CudaError, call};
 use super::gpu::Gpu;
@@ -231,5 +232,40 @@ impl<T> Drop for Pinned<T> {
         // As for device memory.
         let _ = self.gpu.enter();
         let _ = call!(cuMemFreeHost(self.at.cast()));
+    }
+}
+
+/// What copies between host and device reach, in bytes per second.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyRates {
+    pub to_device: f64,
+    pub to_host: f64,
+}
+
+impl CopyRates {
+    /// Copies some hundred megabytes each way, through pinned memory.
+    pub fn measure(gpu: &Arc<Gpu>) -> Result<CopyRates, CudaError> {
+        const BYTES: usize = 64 << 20;
+        const TIMES: usize = 4;
+        let mut host = Pinned::<u8>::new(gpu, BYTES)?;
+        let device = DeviceBuffer::<u8>::new(gpu, BYTES, "measuring copies")?;
+        let mut rate = |up: bool| {
+            let mut seconds = f64::INFINITY;
+            // The first is for waking up.
+            for _ in 0..=TIMES {
+                let begun = Instant::now();
+                // SAFETY: it is waited for before anything else is done with either.
+                unsafe {
+                    match up {
+                        true => device.span().copy_in(gpu, &host, 0)?,
+                        false => device.span().copy_out(gpu, &mut host)?,
+                    }
+                }
+                gpu.wait()?;
+                seconds = seconds.min(begun.elapsed().as_secs_f64());
+            }
+            Ok(BYTES as f64 / seconds)
+        };
+        Ok(CopyRates { to_device: rate(true)?, to_host: rate(false)? })
     }
 }

@@ -14,7 +14,7 @@ mod tests;
 pub use attention::{Append, Attend, Tile, store_rows, tiles};
 pub use driver::{CudaError, DeviceFacts, devices, driver_version};
 pub use gpu::Gpu;
-pub use memory::{DeviceBuffer, Pinned, Plain, Span};
+pub use memory::{CopyRates, DeviceBuffer, Pinned, Plain, Span};
 pub use products::DeviceMatrix;
 pub use rows::Rotation;
 
