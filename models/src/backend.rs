@@ -94,13 +94,23 @@ impl Backend {
         matches!(self.state, State::Cpu(_))
     }
 
+    /// Whether a sequence may have so many pages where this computes; if not, what to do.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn check_room(&self, pages: usize) -> Result<(), ModelError> {
+        match (&self.state, &*self.weights) {
+            #[cfg(feature = "cuda")]
+            (State::Cuda(state), Weights::Cuda(weights)) => state.check_room(weights, pages),
+            _ => Ok(()),
+        }
+    }
+
     /// Computes every row of `batch`: writes its keys and values to its pages, which are complete when this returns, and
     /// leaves the wanted logits in [`Backend::logits_mut`]. Each row's bits depend on its own sequence alone. The batch's last
     /// sequence goes only through the chunk's layers, if there is a chunk (see [`Decoder::forward_with_chunk`]).
     ///
     /// # Errors
-    /// A device that fails, or whose memory does not hold the pages of one of the sequences. The pages of the batch's rows
-    /// hold anything then.
+    /// A device that fails, or whose memory does not hold the pages of one of the sequences ([`Backend::check_room`]). The
+    /// pages of the batch's rows hold anything then.
     pub fn forward(&mut self, batch: &Batch<'_>, chunk: Option<Chunk<'_>>) -> Result<(), ModelError> {
         let layout = &self.layout;
         match (&mut self.state, &*self.weights) {

@@ -55,6 +55,10 @@ impl State {
         &mut self.logits
     }
 
+    pub fn check_room(&self, weights: &Weights, pages: usize) -> Result<(), ModelError> {
+        self.pages.check_room(pages).map_err(|error| weights.error(error))
+    }
+
     pub fn forget(&mut self, pages: &[PagePtr]) {
         self.pages.forget(pages);
     }

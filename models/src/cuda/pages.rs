@@ -87,9 +87,21 @@ impl PageCache {
         self.free.extend(self.held.drain().map(|(_, held)| held.place));
     }
 
+    /// Whether so many pages of one sequence can be on the device.
+    pub fn check_room(&self, pages: usize) -> Result<(), CudaError> {
+        if pages <= self.pieces.len() * self.piece_pages || pages <= self.capacity() {
+            return Ok(());
+        }
+        Err(CudaError::NoRoom {
+            what: "a session's KV pages (give it more with --device-budget, or use --kv-dtype q8_0 or --device cpu)",
+            wanted: pages * self.stride,
+            free: self.capacity() * self.stride,
+        })
+    }
+
     /// How many of the sequences, from the first on, can have their pages on the device together: at least one, whether or
     /// not it can.
-    pub fn fitting(&mut self, sequences: &[Sequence<'_>]) -> usize {
+    pub fn fitting(&self, sequences: &[Sequence<'_>]) -> usize {
         let most = self.capacity();
         let mut pages = 0;
         let fits = |sequence: &&Sequence<'_>| {
@@ -100,7 +112,7 @@ impl PageCache {
     }
 
     /// Pages that the device holds or has room for. What it has no room for now it may have later.
-    fn capacity(&mut self) -> usize {
+    fn capacity(&self) -> usize {
         let have = self.pieces.len() * self.piece_pages;
         if let Some(most) = self.most_pages {
             return most.max(have);
@@ -162,10 +174,11 @@ impl PageCache {
         oldest.truncate((self.held.len() / 16).max(1));
         let pages: Vec<PagePtr> = oldest.into_iter().map(|(_, page)| page).collect();
         self.forget(&pages);
-        self.free.pop().ok_or_else(|| CudaError::NoRoom {
-            what: "a session's KV pages (give it more with --device-budget, or use --kv-dtype q8_0 or --device cpu)",
-            wanted: (self.held.len() + 1) * self.stride,
-            free: self.held.len() * self.stride,
+        let held = self.held.len();
+        self.free.pop().ok_or(CudaError::NoRoom {
+            what: "a step's KV pages (give them more with --device-budget)",
+            wanted: (held + 1) * self.stride,
+            free: held * self.stride,
         })
     }
 

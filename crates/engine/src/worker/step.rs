@@ -113,6 +113,11 @@ impl Worker {
 
     /// Room for `rows` more positions of a turn. False when it must wait, or has failed.
     pub(super) fn reserve(&mut self, index: usize, rows: usize) -> bool {
+        let pages = (self.state.running[index].table.len() + rows).div_ceil(PAGE_TOKENS);
+        if let Err(error) = self.backend.check_room(pages) {
+            self.state.running[index].end(Ending::Fail(EngineError::Device(error.to_string())));
+            return false;
+        }
         let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
             Ok(()) => return true,
             Err(error) => error,
