@@ -124,7 +124,7 @@ impl Backend {
             #[cfg(feature = "cuda")]
             (State::Cuda(state), Weights::Cuda(weights)) => {
                 assert!(chunk.is_none(), "a device takes no chunks");
-                state.forward(weights, batch)
+                state.forward(&self.cpu, weights, batch)
             }
             #[cfg(feature = "cuda")]
             _ => unreachable!("the state was made for these weights"),

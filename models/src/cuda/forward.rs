@@ -6,7 +6,7 @@ use dormouse_kernels::cpu::attention::Attention;
 use dormouse_kernels::cuda::{
     Append, Attend, CudaError, DeviceBuffer, Gpu, Rotation, Span, Tile, store_rows, tiles,
 };
-use dormouse_kernels::{PAGE_TOKENS, PageLayout};
+use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 
 use super::inputs::{Input, Inputs};
 use super::weights::OnDevice;
@@ -179,7 +179,7 @@ impl Gathered {
 
 impl State {
     /// Computes `batch`, whose pages fit on the device together; appends to `self.logits`.
-    pub(super) fn pass(&mut self, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
+    pub(super) fn pass(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
         let (gpu, config) = (weights.gpu().as_ref(), weights.config());
         let (layout, rows) = (self.layout, batch.tokens.len());
         if rows == 0 {
@@ -229,8 +229,11 @@ impl State {
         }
         gpu.wait()?;
         self.logits.extend_from_slice(&self.logits_out.as_slice()[..logits]);
-        let stored = self.rows_out.as_slice()[..down].chunks_exact(layer_down);
-        stored.enumerate().for_each(|(layer, rows)| store_rows(&layout, layer, batch.sequences, rows));
+        let down = self.rows_out.as_slice();
+        cpu.pool.run(layout.layers, &|layer| {
+            let rows = &down[layer * layer_down..(layer + 1) * layer_down];
+            store_rows(&layout, layer, batch.sequences, rows);
+        });
         self.pages.wrote(batch.sequences);
         Ok(())
     }

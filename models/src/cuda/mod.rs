@@ -10,7 +10,7 @@ mod pages;
 mod weights;
 
 use dormouse_kernels::cuda::{CudaError, Pinned};
-use dormouse_kernels::{PageLayout, PagePtr};
+use dormouse_kernels::{Cpu, PageLayout, PagePtr};
 
 use crate::ModelError;
 use crate::decoder::Batch;
@@ -68,7 +68,7 @@ impl State {
     }
 
     /// In as many passes as the device's memory asks for: which sequences share one changes no bit.
-    pub fn forward(&mut self, weights: &Weights, batch: &Batch<'_>) -> Result<(), ModelError> {
+    pub fn forward(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), ModelError> {
         self.logits.clear();
         let mut rest = batch.sequences;
         while !rest.is_empty() {
@@ -83,7 +83,7 @@ impl State {
             let logit_rows: Vec<usize> = own_logits.map(|row| row - first).collect();
             let part =
                 Batch { tokens: &batch.tokens[first..end], sequences: &sequences, logit_rows: &logit_rows };
-            if let Err(error) = self.pass(weights, &part) {
+            if let Err(error) = self.pass(cpu, weights, &part) {
                 // What was half done on the device is no longer what the host has.
                 self.pages.forget_all();
                 return Err(weights.error(error));
