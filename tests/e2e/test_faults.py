@@ -346,6 +346,32 @@ def test_a_full_quota_fails_the_turn_clearly_and_a_larger_one_goes_on(start, tmp
     assert_intact(server, prepared)
 
 
+def test_when_the_quota_is_full_pinned_sessions_keep_their_pages(start):
+    # Room for sixteen slots: some eight sessions of two.
+    server = start(flags=["--disk-quota", "24MiB"])
+    request = {**GREEDY, "max_tokens": 4}
+    restored = lambda name: server.post(f"/v1/sessions/{name}/resume", {"dry_run": True})["restored_tokens"]
+    server.create(name="kept", pinned=True)
+    server.create(name="kept_later")
+    server.create(name="released", pinned=True)
+    for name in ("kept", "kept_later", "released"):
+        server.turn(name, f"{name}: {STORY}", **request)
+    server.http.patch("/v1/sessions/kept_later", json={"pinned": True}).raise_for_status()
+    server.http.patch("/v1/sessions/released", json={"pinned": False}).raise_for_status()
+    before = {name: restored(name) for name in ("kept", "kept_later", "released")}
+    server.restart()
+    for number in range(12):
+        server.turn(server.create(), f"{number}: {STORY}", **request)
+    after = {name: restored(name) for name in before}
+    assert after["kept"] == before["kept"] and after["kept_later"] == before["kept_later"], (before, after)
+    assert after["released"] < before["released"], (before, after)
+    turn = server.turn("kept", "And then?", **request)
+    assert turn["dormouse"]["recomputed_tokens"] == 0, turn["dormouse"]
+    # A pin that is gone holds nothing.
+    server.http.delete("/v1/sessions/kept_later").raise_for_status()
+    assert server.turn("released", "And then?", **request)["dormouse"]["miss"]["reason"] == "page_evicted"
+
+
 def chat_fails_for_lack_of_room(server):
     """As the `openai` client sees it: a status where nothing was sent yet, else an error in the stream."""
     model = server.get("/v1/models")["data"][0]["id"]

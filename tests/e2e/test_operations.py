@@ -57,6 +57,17 @@ def worked(tmp_path_factory):
         yield server
 
 
+def test_more_requests_than_may_be_on_their_way_are_told_to_come_again(start):
+    server = start(flags=["--max-requests", "1"])
+    stream = server.stream_turn(server.create(), STORY, temperature=0, max_tokens=400, ignore_eos=True)
+    next(stream)
+    refused = server.http.post("/v1/sessions/" + server.create() + "/turns", json={"input": "Hello"})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1"), refused.text
+    assert refused.json()["error"]["code"] == "too_many_requests" and "1 answer" in refused.text
+    assert len(list(stream)) > 0
+    assert server.turn(server.create(), "Hello", **GREEDY)["status"] == "completed"
+
+
 def test_prometheus_reads_every_metric_and_the_numbers_are_those_of_the_work_done(worked):
     metrics = families(worked)
     assert histogram(metrics["dormouse_queue_seconds"])[0] == 3

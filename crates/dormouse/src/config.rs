@@ -72,6 +72,9 @@ pub struct Settings {
     /// Health turns red when a step, a commit or reading a page lasts longer than so many seconds [default: 30]
     #[arg(long, global = true, env = "DORMOUSE_STUCK_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub stuck_after: Option<u64>,
+    /// Answers that may be on their way at once; more requests are told to come again (429) [default: 256]
+    #[arg(long, global = true, env = "DORMOUSE_MAX_REQUESTS", value_name = "N", value_parser = at_least_one())]
+    pub max_requests: Option<usize>,
     /// What is logged on standard error: a level (error, warn, info, debug), or targets with levels [default: warn]
     #[arg(long, global = true, env = "DORMOUSE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -139,6 +142,7 @@ struct File {
     durability: Option<Durability>,
     speculation: Option<Speculation>,
     stuck_after: Option<u64>,
+    max_requests: Option<usize>,
     log: Option<String>,
     api_key: Option<String>,
     require_key: Option<bool>,
@@ -182,6 +186,7 @@ pub struct Config {
     pub speculation: Speculation,
     /// A step, or a commit, that lasts longer turns health red.
     pub stuck_after: Duration,
+    pub max_requests: usize,
     pub log: Option<String>,
     /// What tests want to go wrong.
     pub faults: Faults,
@@ -280,7 +285,12 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         None => file.activations.map(parse_precision).transpose()?.unwrap_or_default(),
     };
     let stuck_after = file.stuck_after.map(|seconds| seconds as usize);
-    for (name, value) in [("threads", file.threads), ("ctx", file.ctx), ("stuck_after", stuck_after)] {
+    for (name, value) in [
+        ("threads", file.threads),
+        ("ctx", file.ctx),
+        ("stuck_after", stuck_after),
+        ("max_requests", file.max_requests),
+    ] {
         if value == Some(0) {
             bail!("the settings file's {name}: expected at least 1, found 0");
         }
@@ -310,6 +320,10 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         durability: flags.durability.or(file.durability).unwrap_or_default(),
         speculation: flags.speculation.or(file.speculation).unwrap_or_default(),
         stuck_after: flags.stuck_after.or(file.stuck_after).map_or(DEFAULT_STUCK_AFTER, Duration::from_secs),
+        max_requests: flags
+            .max_requests
+            .or(file.max_requests)
+            .unwrap_or(dormouse_server::DEFAULT_MAX_RUNNING),
         log,
         faults: Faults::from_environment()?,
         api_key,
@@ -377,6 +391,7 @@ mod tests {
             ("activations = \"f64\"", "int8 or int16"),
             ("threads = 0", "threads"),
             ("ctx = 0", "ctx"),
+            ("max_requests = 0", "max_requests"),
         ] {
             let flags = Settings { data_dir: Some("/data".into()), ..Settings::default() };
             let error = merge(flags, file(text)).unwrap_err().to_string();

@@ -38,6 +38,7 @@ pub fn reload(old: &Config, new: Config, server: &Server, log: &Log) -> anyhow::
         ("activations", old.activations != new.activations),
         ("durability", old.durability != new.durability),
         ("speculation", old.speculation != new.speculation),
+        ("max_requests", old.max_requests != new.max_requests),
         ("api_key", old.api_key != new.api_key),
         ("require_key", old.require_key != new.require_key),
     ]);

@@ -68,10 +68,10 @@ impl Server {
             api_key: config.api_key.clone(),
             require_key: config.key_needed()?.is_some(),
             cors_origins: origins.clone(),
+            max_running: config.max_requests,
             loopback_only: address.ip().is_loopback(),
             known_models: known_models(config)?,
             embedder: running.embedder.clone(),
-            ..dormouse_server::Options::default()
         };
         // Before anyone can ask, and not before it is certain that this process is the server.
         let recovered_turns = running.runtime.recover().await?;

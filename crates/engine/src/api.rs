@@ -36,6 +36,8 @@ pub struct TurnSpec {
     /// claims (`sessions.leaf_slot`).
     pub covered: usize,
     pub claim: Option<u32>,
+    /// The session's pages are the last to be evicted.
+    pub pinned: bool,
     pub sampling: Sampling,
     /// Report the log-probability of every prompt token and this many alternatives: then nothing is restored, and every
     /// prompt token is computed.
@@ -51,6 +53,13 @@ pub struct TurnSpec {
     /// Do not end at the model's end-of-generation tokens (but where a grammar is satisfied).
     pub ignore_eos: bool,
     pub priority: Priority,
+}
+
+impl TurnSpec {
+    /// Tokens whose KV an earlier turn had computed, but for the last one of the log, which is computed in any case.
+    pub(crate) fn known(&self) -> usize {
+        self.covered.min(self.log.len() - 1)
+    }
 }
 
 /// What a running turn says. Token events have consecutive indices from 0, also after a crash.
@@ -124,11 +133,11 @@ pub struct Finish {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
-    Device,
-    Ram,
-    Disk,
     #[default]
     None,
+    Ram,
+    Disk,
+    Device,
 }
 
 /// Why restored tokens end where they end, when they end before the known history does.

@@ -169,6 +169,13 @@ impl Engine {
         }
     }
 
+    /// The pages of a durable session, whose path ends at `leaf_slot`, are the last to be evicted from now on, or no longer.
+    pub fn keep(&self, session: &str, leaf_slot: Option<u32>, kept: bool) {
+        let session = session.to_owned();
+        // A stopped engine evicts nothing, and learns it from the catalog at the next start.
+        let _ = self.send(if kept { Command::Keep(session, leaf_slot) } else { Command::LetGo(session) });
+    }
+
     /// Gives back the RAM of the realm's pages of `log`; answers how many bytes that were.
     pub async fn park(&self, realm: Realm, log: Vec<TokenId>) -> Result<u64, EngineError> {
         self.ask(|answer| Command::Park(realm, log, answer)).await

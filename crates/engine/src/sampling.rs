@@ -196,14 +196,32 @@ pub fn logprobs(logits: &[f32], chosen: u32, top: usize) -> TokenLogprob {
     }
 }
 
+/// The first of the largest logits; 0 where none is a number. By parts, whose maximums vectors find: in steps of many turns this
+/// is what one thread does while the others wait.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = i;
+    const PART: usize = 1024;
+    let (mut best, mut largest) = (0, f32::NEG_INFINITY);
+    for (part, values) in logits.chunks(PART).enumerate() {
+        let most = maximum(values);
+        if most > largest {
+            (best, largest) = (part * PART, most);
         }
     }
-    best as u32
+    let at = logits[best..].iter().take(PART).position(|logit| *logit == largest);
+    (best + at.unwrap_or(0)) as u32
+}
+
+fn maximum(values: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (lines, rest) = values.as_chunks::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for line in lines {
+        for lane in 0..LANES {
+            most[lane] = larger(most[lane], line[lane]);
+        }
+    }
+    most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
 /// A number in 0..1 that is a function of (seed, position) alone: Philox-2x64-10 (Salmon et al., 2011), so there is
@@ -223,6 +241,28 @@ fn uniform(seed: u64, position: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_of_the_largest_logits_is_found_in_any_length() {
+        let mut state = 7u32;
+        for length in (1..70).chain([1023, 1024, 1025, 3000, 49_152]) {
+            let logits: Vec<f32> = (0..length)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    // Few values, so that the largest comes more than once; some of them are none that could be chosen.
+                    [f32::NAN, f32::NEG_INFINITY, -1.5, -0.0, 0.0, 2.5, 2.5][(state >> 20) as usize % 7]
+                })
+                .collect();
+            let mut expected = 0;
+            for (at, logit) in logits.iter().enumerate() {
+                if *logit > logits[expected] || logits[expected].is_nan() && !logit.is_nan() {
+                    expected = at;
+                }
+            }
+            let is_number = logits.iter().any(|logit| *logit > f32::NEG_INFINITY);
+            assert_eq!(argmax(&logits), if is_number { expected as u32 } else { 0 }, "{length}");
+        }
+    }
 
     fn choose(sampling: &Sampling, logits: &mut [f32], history: &History, position: usize) -> u32 {
         sampling.choose(logits, history, None, position).unwrap()

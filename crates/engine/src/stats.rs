@@ -39,7 +39,7 @@ pub struct TierCounts {
 }
 
 impl Tier {
-    /// In the order of [`EngineStats::tiers`].
+    /// As declared, and as [`EngineStats::tiers`] has them.
     pub const ALL: [Tier; 4] = [Tier::None, Tier::Ram, Tier::Disk, Tier::Device];
 
     pub fn name(self) -> &'static str {
@@ -67,7 +67,6 @@ impl EngineStats {
     }
 
     fn tier(&mut self, tier: Tier) -> &mut TierCounts {
-        let at = Tier::ALL.iter().position(|other| *other == tier).expect("every tier is counted");
-        &mut self.tiers[at]
+        &mut self.tiers[tier as usize]
     }
 }

@@ -160,11 +160,6 @@ impl Turn {
         }
     }
 
-    /// Tokens whose KV an earlier turn had computed, but for the last one of the log, which is computed in any case.
-    pub fn covered(&self) -> usize {
-        self.spec.covered.min(self.spec.log.len() - 1)
-    }
-
     /// Positions whose KV is still to be computed. At least one while the turn is alive: the last token's.
     pub fn pending(&self) -> usize {
         self.log.len() - self.table.len()

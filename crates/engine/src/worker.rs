@@ -36,6 +36,9 @@ pub enum Command {
         leaf_slot: u32,
         purge: bool,
     },
+    /// A session whose pages are the last to be evicted, and where its path ends.
+    Keep(String, Option<u32>),
+    LetGo(String),
     Park(Realm, Vec<TokenId>, oneshot::Sender<u64>),
     Resume {
         realm: Realm,
@@ -116,7 +119,7 @@ struct State {
 impl Worker {
     pub fn new(
         parts: Parts,
-        pool: PagePool,
+        mut pool: PagePool,
         (persister, pager): (Persister, Pager),
         commands: mpsc::Receiver<Command>,
         condition: Arc<Condition>,
@@ -124,6 +127,7 @@ impl Worker {
     ) -> Worker {
         let Parts { model, backend, page_file, drafts, stats, limits, outbox, stopping } = parts;
         let state = State { stats, stopping, ..State::default() };
+        pool.set_cost_doubles_at(prompts::cost_doubles_at(model.config(), model.context()));
         Worker {
             model,
             backend,
@@ -302,6 +306,8 @@ impl Worker {
                 let _ = answer.send(self.claim(realm, &log));
             }
             Command::Unclaim { leaf_slot, purge } => self.pool.unclaim(leaf_slot, purge),
+            Command::Keep(session, leaf) => self.pool.keep(&session, leaf),
+            Command::LetGo(session) => self.pool.let_go(&session),
             Command::Park(realm, log, answer) => {
                 let _ = answer.send(self.pool.park(realm, &log));
             }

@@ -124,3 +124,50 @@ async fn behind_a_slow_disk_a_turn_computes_its_beginning_while_its_end_is_read(
     let (expected, _) = other.finish(turn).await;
     assert_eq!(answer, expected);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_waits_for_the_pages_of_a_turn_that_was_paused() {
+    let faults = Faults { page_in_delay: Duration::from_millis(60), ..Faults::default() };
+    let options = EngineOptions { faults, ..PLAIN.into() };
+    // Room for all but the end of the first one's answer.
+    let rig = Rig::within(tempfile::tempdir().unwrap(), options, CONTEXT, 26 * page_bytes());
+    let mut running = Vec::new();
+    for (name, seed, length) in [("first", 1, 600), ("talk", 2, 20), ("paused", 3, 500)] {
+        rig.create(name).await;
+        let mut turn = rig.begin(name, 0, &prose(seed, length), &greedy(900)).await;
+        while turn.said() == 0 {
+            turn.next().await;
+        }
+        running.push(turn);
+    }
+    let [first, mut talk, mut paused] = <[Running; 3]>::try_from(running).ok().unwrap();
+    while rig.engine.stats().await.unwrap().paused == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let log = rig.store.token_log("paused").await.unwrap();
+    let before = paused.said();
+    if rig.engine.park(Realm::default(), log).await.unwrap() < 4 * page_bytes() {
+        // Temporary files are kept in RAM.
+        return;
+    }
+    rig.engine.cancel(&first.id);
+    rig.finish(first).await;
+    while tokio::time::timeout(Duration::ZERO, talk.next()).await.is_ok() {}
+    while rig.engine.stats().await.unwrap().paging_in == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let said = talk.said();
+    while rig.engine.stats().await.unwrap().paused > 0 {
+        tokio::time::timeout(Duration::from_millis(5), talk.next()).await.ok();
+    }
+    assert!(talk.said() - said > 5, "{} words", talk.said() - said);
+    paused.next().await;
+    assert!(paused.said() >= before);
+    for id in [&talk.id, &paused.id] {
+        rig.engine.cancel(id);
+    }
+    rig.finish(talk).await;
+    let (_, receipt) = rig.finish(paused).await;
+    assert!(receipt.paused_ms > 60.0, "{receipt:?}");
+    assert!(rig.engine.stats().await.unwrap().restored_bytes_read >= 4 * page_bytes());
+}

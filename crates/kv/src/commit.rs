@@ -114,10 +114,10 @@ impl PagePool {
         let bytes = self.counters.bytes_committed - before;
         let unsynced = self.take_unsynced(table, tail);
         let leaf_slot = table.nodes.last().copied();
-        let claim = self.table_claims.get(&table.id).copied();
-        let claim = claim.map(|from| ClaimMove { table: table.id, from, to: leaf_slot });
+        let claim = self.table_claims.get(&table.id);
+        let claim = claim.map(|claim| ClaimMove { table: table.id, from: claim.leaf, to: leaf_slot });
         if let Some(claim) = claim {
-            self.table_claims.insert(table.id, claim.to);
+            self.set_leaf(claim.table, claim.to);
             self.move_claim(claim.from, claim.to);
         }
         self.evict_ahead();
@@ -163,9 +163,7 @@ impl PagePool {
         if let Some(claim) = failed.claim {
             let from = claim.from.and_then(|slot| self.successor(slot));
             self.move_claim(claim.to, from);
-            if let Some(live) = self.table_claims.get_mut(&claim.table) {
-                *live = from;
-            }
+            self.set_leaf(claim.table, from);
         }
     }
 
@@ -214,6 +212,15 @@ impl PagePool {
             }
         }
         slots
+    }
+
+    /// Where the path of a live table's session ends now.
+    fn set_leaf(&mut self, table: TableId, leaf: Option<u32>) {
+        let Some(claim) = self.table_claims.get_mut(&table) else { return };
+        claim.leaf = leaf;
+        if let Some(kept) = self.kept.get_mut(&claim.session) {
+            *kept = leaf;
+        }
     }
 
     fn move_claim(&mut self, from: Option<u32>, to: Option<u32>) {

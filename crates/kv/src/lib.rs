@@ -12,6 +12,7 @@
 mod bytes;
 mod commit;
 mod error;
+mod eviction;
 mod file;
 mod header;
 mod identity;

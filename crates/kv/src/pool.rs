@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use dormouse_kernels::{PAGE_TOKENS, PageLayout};
-use dormouse_store::{PageRow, RemovedPage};
+use dormouse_store::{ClaimRow, PageRow, RemovedPage};
 
 use crate::bytes;
 use crate::commit::InFlight;
@@ -41,16 +41,26 @@ pub struct PagePool {
     /// Removals for the next commit.
     pub(crate) removals: Vec<RemovedPage>,
     pub(crate) in_flight: VecDeque<InFlight>,
-    /// Live tables of sessions, with the leaf that the session claims in the catalog.
-    pub(crate) table_claims: HashMap<TableId, Option<u32>>,
     /// Slots whose bytes changed otherwise than by a forward pass, or that nobody is about to read: what copies of them on a
     /// device must go for.
     pub(crate) changed: BTreeSet<u32>,
+    /// Of live tables of sessions.
+    pub(crate) table_claims: HashMap<TableId, TableClaim>,
+    /// Sessions whose pages are the last to be evicted, with their leaves.
+    pub(crate) kept: HashMap<String, Option<u32>>,
+    pub(crate) cost_doubles_at: f64,
     pub(crate) poisoned: Arc<AtomicBool>,
     pub(crate) counters: Counters,
     pub(crate) next_ticket: u64,
     next_table: u64,
-    clock: u64,
+    pub(crate) clock: u64,
+}
+
+/// What a live table's session claims in the catalog.
+#[derive(Debug)]
+pub(crate) struct TableClaim {
+    pub(crate) session: String,
+    pub(crate) leaf: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -142,8 +152,8 @@ pub struct Stats {
 }
 
 impl PagePool {
-    /// Opens or creates the page file at `path` and rebuilds the tree from the catalog's `rows`. `claims` says how
-    /// many sessions' paths end at which slot.
+    /// Opens or creates the page file at `path` and rebuilds the tree from the catalog's `rows`. `claims` says where
+    /// sessions' paths end, those first that were not used for longest.
     ///
     /// # Errors
     /// As the page file's header says ([`KvError::is_recoverable`]: set the file aside and open again), `Locked`, `Io`.
@@ -153,7 +163,7 @@ impl PagePool {
         layout: PageLayout,
         limits: Limits,
         rows: Vec<PageRow>,
-        claims: Vec<(u32, u32)>,
+        claims: Vec<ClaimRow>,
     ) -> Result<(PagePool, OpenReport), KvError> {
         let (file, created) = PageFile::open(path, identity, layout)?;
         let rebuilt = rebuild(Chain::new(&identity), file.slots(), rows);
@@ -168,6 +178,8 @@ impl PagePool {
             in_flight: VecDeque::new(),
             table_claims: HashMap::new(),
             changed: BTreeSet::new(),
+            kept: HashMap::new(),
+            cost_doubles_at: f64::INFINITY,
             poisoned: Arc::new(AtomicBool::new(false)),
             counters: Counters::default(),
             next_ticket: 1,
@@ -178,12 +190,28 @@ impl PagePool {
         pool.free = (0..pool.file.slots())
             .filter(|slot| !pool.tree.contains(*slot) && !pool.awaiting.contains_key(slot))
             .collect();
-        for (slot, count) in claims {
-            if let Some(slot) = pool.successor(slot) {
-                pool.tree.node_mut(slot).claims += count;
-            }
+        for claim in claims {
+            pool.take_up(claim);
         }
         Ok((pool, OpenReport { created, ..rebuilt.report }))
+    }
+
+    /// A session whose path ends at a page, and which was used after all before it.
+    fn take_up(&mut self, claim: ClaimRow) {
+        let leaf = self.successor(claim.leaf_slot);
+        if claim.pinned {
+            self.kept.insert(claim.session, leaf);
+        }
+        if let Some(leaf) = leaf {
+            self.tree.node_mut(leaf).claims += 1;
+        }
+        let now = self.tick();
+        let mut at = leaf;
+        while let Some(slot) = at {
+            let node = self.tree.node_mut(slot);
+            node.last_used = now;
+            at = node.parent;
+        }
     }
 
     /// What the pool may take from now on. A file that is larger already is used as it is, but grows no more.

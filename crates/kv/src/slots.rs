@@ -1,4 +1,4 @@
-//! Where slots come from and go to: growth, eviction, removal, and the claims of sessions.
+//! Where slots come from and go to: growth, removal, and the claims of sessions.
 
 use std::collections::VecDeque;
 
@@ -6,12 +6,8 @@ use dormouse_store::RemovedPage;
 
 use crate::KvError;
 use crate::identity::Realm;
-use crate::pool::PagePool;
+use crate::pool::{PagePool, TableClaim};
 use crate::table::BlockTable;
-
-/// Slots that commits keep free ahead of need in a full file, so that turns seldom wait for a removal. Eight pages
-/// are 512 tokens: more than a commit interval of any turn. At most an eighth of the file.
-const FREE_AHEAD: u32 = 8;
 
 impl PagePool {
     /// Takes `count` free slots, the first ones after `neighbour` if they are free: pages of one sequence that lie
@@ -92,30 +88,8 @@ impl PagePool {
         Ok(())
     }
 
-    /// Keeps a few slots ready in a file that cannot grow.
-    pub(crate) fn evict_ahead(&mut self) {
-        if self.file.slots() >= self.quota_slots {
-            self.evict_until(FREE_AHEAD.min(self.file.slots() / 8) as usize);
-        }
-    }
-
-    /// Evicts pages until `count` slots are free or will be once the catalog has forgotten their pages; returns how
-    /// many. Unclaimed pages go before claimed ones, then the least recently used; pages after which others come stay.
-    fn evict_until(&mut self, count: usize) -> usize {
-        let mut evicted = 0;
-        while self.free.len() + self.awaiting_slots() < count {
-            let candidates = self.tree.iter().filter(|(_, node)| node.pins == 0 && node.children.is_empty());
-            let oldest = candidates.min_by_key(|(slot, node)| (node.claims > 0, node.last_used, *slot));
-            let Some((slot, node)) = oldest else { break };
-            let parent = node.parent;
-            self.remove_page(slot, parent);
-            self.counters.evictions += 1;
-            evicted += 1;
-        }
-        evicted
-    }
-
-    fn awaiting_slots(&self) -> usize {
+    /// Slots that will be free when the catalog has forgotten their pages.
+    pub(crate) fn awaiting_slots(&self) -> usize {
         self.awaiting.keys().filter(|slot| **slot < self.file.slots()).count()
     }
 
@@ -127,8 +101,9 @@ impl PagePool {
         if let Some(heir) = heir {
             self.tree.node_mut(heir).claims += node.claims;
         }
-        for claim in self.table_claims.values_mut().filter(|claim| **claim == Some(slot)) {
-            *claim = heir;
+        let of_tables = self.table_claims.values_mut().map(|claim| &mut claim.leaf);
+        for leaf in of_tables.chain(self.kept.values_mut()).filter(|leaf| **leaf == Some(slot)) {
+            *leaf = heir;
         }
         for other in self.awaiting.values_mut().filter(|other| **other == Some(slot)) {
             *other = heir;
@@ -193,9 +168,22 @@ impl PagePool {
     }
 
     /// Makes `table` the table of a session that claims `leaf` in the catalog. [`PagePool::commit`] moves the claim.
-    pub fn set_claim(&mut self, table: &mut BlockTable, leaf: Option<u32>) {
+    pub fn set_claim(&mut self, table: &mut BlockTable, session: &str, leaf: Option<u32>) {
         let leaf = leaf.and_then(|slot| self.successor(slot));
-        self.table_claims.insert(table.id, leaf);
+        self.table_claims.insert(table.id, TableClaim { session: session.to_owned(), leaf });
+    }
+
+    /// Keeps the pages of a session, whose path ends at `leaf`, until there are no others to evict.
+    pub fn keep(&mut self, session: &str, leaf: Option<u32>) {
+        // A live table's claim may have moved since the caller looked.
+        let live = self.table_claims.values().find(|claim| claim.session == session);
+        let leaf = live.map_or(leaf, |claim| claim.leaf).and_then(|slot| self.successor(slot));
+        self.kept.insert(session.to_owned(), leaf);
+    }
+
+    /// Takes back [`PagePool::keep`].
+    pub fn let_go(&mut self, session: &str) {
+        self.kept.remove(session);
     }
 
     /// The last committed page on the realm's path of `tokens`, and how many of them the path up to it covers.

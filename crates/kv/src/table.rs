@@ -224,7 +224,7 @@ impl PagePool {
 
     /// Gives `old` back; `table` takes its place as the table of a session, with its claim.
     pub fn replace(&mut self, old: BlockTable, table: &mut BlockTable) {
-        if let Some(claim) = self.table_claims.get(&old.id).copied() {
+        if let Some(claim) = self.table_claims.remove(&old.id) {
             self.table_claims.insert(table.id, claim);
         }
         self.release(old);

@@ -28,6 +28,8 @@ pub(crate) struct Node {
     /// The positions that hold KV, 1 to `PAGE_TOKENS`.
     pub(crate) tokens: Vec<u32>,
     pub(crate) children: Vec<u32>,
+    /// Pages before this one.
+    pub(crate) depth: u32,
     /// Live tables whose path includes this page.
     pub(crate) pins: u32,
     /// Sessions whose path ends here.
@@ -54,6 +56,11 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn is_sealed(&self) -> bool {
         self.tokens.len() == PAGE_TOKENS
+    }
+
+    /// Of its first token.
+    pub(crate) fn position(&self) -> usize {
+        self.depth as usize * PAGE_TOKENS
     }
 
     pub(crate) fn after(&self) -> After {
@@ -139,14 +146,15 @@ impl Tree {
         assert!(!self.contains(slot), "slot {slot} is in use");
         let parent_id = self.id_after(after);
         let sealed = tokens.len() == PAGE_TOKENS;
-        let parent = match after {
+        let (parent, depth) = match after {
             After::Root(root) => {
                 self.first_pages.entry(root).or_default().push(slot);
-                None
+                (None, 0)
             }
             After::Page(parent) => {
-                self.node_mut(parent).children.push(slot);
-                Some(parent)
+                let before = self.node_mut(parent);
+                before.children.push(slot);
+                (Some(parent), before.depth + 1)
             }
         };
         let index = slot as usize;
@@ -159,6 +167,7 @@ impl Tree {
             id: None,
             tokens,
             children: Vec::new(),
+            depth,
             pins: 0,
             claims: 0,
             last_used: 0,

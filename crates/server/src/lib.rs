@@ -64,6 +64,9 @@ pub struct Options {
     pub embedder: Option<Embedder>,
 }
 
+/// [`Options::max_running`] unless the settings say otherwise.
+pub const DEFAULT_MAX_RUNNING: usize = 256;
+
 impl Default for Options {
     fn default() -> Options {
         Options {
@@ -71,7 +74,7 @@ impl Default for Options {
             require_key: false,
             loopback_only: false,
             cors_origins: Origins::default(),
-            max_running: 256,
+            max_running: DEFAULT_MAX_RUNNING,
             known_models: Vec::new(),
             embedder: None,
         }
@@ -121,7 +124,11 @@ impl App {
     /// A place among the answers on their way; it is given back when the permit is dropped.
     fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         self.running.clone().try_acquire_owned().map_err(|_| {
-            let message = format!("{} answers are on their way already; try again shortly", self.max_running);
+            let answers = match self.max_running {
+                1 => "1 answer is".to_owned(),
+                many => format!("{many} answers are"),
+            };
+            let message = format!("{answers} on the way already (--max-requests); try again shortly");
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"), message)
         })
     }

@@ -134,6 +134,9 @@ impl Runtime {
                 };
             }
         };
+        if settings.pinned {
+            engine.keep(&row.id, claim.leaf_slot, true);
+        }
         let receipt = Receipt {
             session: row.id.clone(),
             restored_tokens: claim.kv_len,
@@ -187,6 +190,9 @@ impl Runtime {
                 };
             }
         };
+        if settings.pinned {
+            engine.keep(id, claim.leaf_slot, true);
+        }
         if history.session.page_file == Some(engine.page_file()) {
             engine.unclaim(history.session.leaf_slot, false).await;
         }

@@ -93,7 +93,7 @@ impl Runtime {
         let covered = row.kv_len.max(records::computed(&history.turns)).max(begun).min(durable);
         let claim = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
         let run = Run {
-            spec: TurnSpec { covered, claim, grammar, ..orders },
+            spec: TurnSpec { covered, claim, pinned: settings.pinned, grammar, ..orders },
             engine,
             record,
             created_ms: turn_row.created_ms,

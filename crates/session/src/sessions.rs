@@ -73,6 +73,9 @@ impl Runtime {
             now_ms,
         };
         let row = self.inner.store.update_session(&row.id, change).await?;
+        if let Some(engine) = self.inner.engine_of_file(row.page_file) {
+            engine.keep(&row.id, row.leaf_slot, settings.pinned);
+        }
         self.inner.changed(&row.id);
         Ok(self.inner.session(row, settings))
     }
@@ -99,6 +102,7 @@ impl Runtime {
         detached(async move {
             let row = runtime.inner.store.delete_session(&id).await?;
             if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
+                engine.keep(&id, None, false);
                 engine.unclaim(row.leaf_slot, purge).await;
             }
             runtime.inner.forget_watchers(&id);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dormouse_answer::OutputFormat;
 use dormouse_engine::{Engine, Grammar, Miss, Priority, Realm, TurnSpec};
 use dormouse_store::{BeginTurn, History, ResponseRow, StoreError};
 use serde_json::{Value, json};
@@ -308,11 +309,14 @@ impl Runtime {
         Ok(hash)
     }
 
-    /// What the turn will change, planned off the async threads: a long conversation takes tens of milliseconds to
-    /// render and tokenise.
+    /// What the turn will change, planned off the async threads where it may take long: a long conversation takes tens of
+    /// milliseconds to render and tokenise.
     async fn plan(&self, history: History, log: Vec<u32>, start: Start) -> Result<Plan, SessionError> {
         let settings: Settings = decode(&history.settings)?;
         let engine = self.inner.engine_of(&settings)?.clone();
+        if is_short(&settings, &history, &log, &start) {
+            return Plan::new(engine, settings, history, log, start);
+        }
         let (request, span) = (request::current(), Span::current());
         let planned = tokio::task::spawn_blocking(move || {
             let plan = || Plan::new(engine, settings, history, log, start);
@@ -321,6 +325,23 @@ impl Runtime {
         .await;
         planned.map_err(|why| SessionError::Internal(format!("planning the turn failed: {why}")))?
     }
+}
+
+/// Whether a turn is planned sooner than another thread is woken to do it: a short conversation in free text.
+fn is_short(settings: &Settings, history: &History, log: &[u32], start: &Start) -> bool {
+    const TEXT_MOST: usize = 4 << 10;
+    const BYTES_A_TOKEN: usize = 4;
+    let text = |message: &Message| message.get("content").and_then(Value::as_str).map(str::len);
+    let new = start.input.iter().try_fold(0, |sum, message| Some(sum + text(message)?));
+    let instructions = settings.instructions.as_ref().map_or(0, String::len);
+    let is_free = start.generation.format == OutputFormat::Text
+        && settings.tools.is_empty()
+        && start.tools.is_none()
+        && start.frame.is_none();
+    is_free
+        && new.is_some_and(|new| {
+            new + instructions + BYTES_A_TOKEN * log.len() <= TEXT_MOST && history.items.len() <= 16
+        })
 }
 
 /// A turn on paper.
@@ -492,7 +513,8 @@ impl Plan {
         let miss = if self.model_changed { Some(changed) } else { self.miss.or(start.miss) };
         let (session, turn, realm) = (&self.change.session, &self.change.turn, realm(tenant, &self.settings));
         let spec = spec(&self.engine, &self.record, session, turn, fence, self.log, realm);
-        let spec = TurnSpec { covered: self.covered, claim, grammar: self.grammar, ..spec };
+        let (covered, grammar, pinned) = (self.covered, self.grammar, self.settings.pinned);
+        let spec = TurnSpec { covered, claim, pinned, grammar, ..spec };
         Run {
             engine: self.engine,
             spec,
@@ -529,6 +551,7 @@ pub(crate) fn spec(
         output_start,
         covered: 0,
         claim: None,
+        pinned: false,
         sampling: generation.sampling.clone(),
         prompt_logprobs: generation.prompt_logprobs,
         max_tokens: generation.max_tokens.map_or(room, |most| most.min(room)),

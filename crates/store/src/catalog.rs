@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use crate::pages::{PageRow, RemovedPage, StepCommit};
+use crate::pages::{ClaimRow, PageRow, RemovedPage, StepCommit};
 use crate::{StoreError, sessions, tokens, written};
 
 /// Positions of a sealed page (`dormouse_kernels::page::PAGE_TOKENS`): a leaf that goes takes at most these with it.
@@ -72,12 +72,16 @@ pub(crate) fn load_pages(db: &Connection, file: i64) -> Result<Vec<PageRow>, Sto
     Ok(pages)
 }
 
-pub(crate) fn claims(db: &Connection, file: i64) -> Result<Vec<(u32, u32)>, StoreError> {
+pub(crate) fn claims(db: &Connection, file: i64) -> Result<Vec<ClaimRow>, StoreError> {
     let mut statement = db.prepare_cached(
-        "SELECT leaf_slot, COUNT(*) FROM sessions WHERE page_file = ?1 AND leaf_slot IS NOT NULL
-         GROUP BY leaf_slot ORDER BY leaf_slot",
+        "SELECT id, leaf_slot, CASE WHEN json_valid(settings) THEN settings ->> '$.pinned' END
+         FROM sessions LEFT JOIN settings ON session = id
+         WHERE page_file = ?1 AND leaf_slot IS NOT NULL ORDER BY last_active_ms, id",
     )?;
-    let rows = statement.query_map([file], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let rows = statement.query_map([file], |row| {
+        let pinned: Option<bool> = row.get(2)?;
+        Ok(ClaimRow { session: row.get(0)?, leaf_slot: row.get(1)?, pinned: pinned == Some(true) })
+    })?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
 use crate::store::Durability;
@@ -18,6 +19,8 @@ const SUFFIXES: [&str; 3] = ["", "-wal", "-shm"];
 pub(crate) fn open(path: &Path, wait_for_disk: bool) -> Result<Connection, StoreError> {
     let mut connection = Connection::open(path)?;
     connection.set_prepared_statement_cache_capacity(128);
+    // Without it SQLite plans a statement anew for every other value that is bound to it.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // 4 MiB of page cache a file. A damaged cell is reported where it is read rather than used.
     connection.execute_batch(
         "PRAGMA journal_mode = WAL; PRAGMA cell_size_check = ON; PRAGMA foreign_keys = OFF; PRAGMA cache_size = -4096;

@@ -32,7 +32,7 @@ pub use changes::{BeginTurn, Cut, EditItems, FinishTurn, Leaf, NewSession, Updat
 pub use error::StoreError;
 pub use history::{EventRow, History, ItemRow, NewEvent, TurnRow};
 pub use keys::KeyRow;
-pub use pages::{PageRow, RemovedPage, StepCommit};
+pub use pages::{ClaimRow, PageRow, RemovedPage, StepCommit};
 pub use queries::SessionCounts;
 pub use responses::ResponseRow;
 pub use sessions::{SessionRow, StatusFilter};

@@ -16,6 +16,15 @@ pub struct PageRow {
     pub checksum: u32,
 }
 
+/// Where a session's path ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClaimRow {
+    pub session: String,
+    pub leaf_slot: u32,
+    /// As its settings say.
+    pub pinned: bool,
+}
+
 /// A page that gives its slot back. Sessions that claim it fall back to `parent_slot`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RemovedPage {

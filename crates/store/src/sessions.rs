@@ -274,11 +274,11 @@ pub(crate) fn check_name(db: &Connection, tenant: &str, name: &str, own_id: &str
 }
 
 pub(crate) fn put_settings(db: &Connection, session: &str, settings: &str) -> Result<(), StoreError> {
-    db.execute(
+    db.prepare_cached(
         "INSERT INTO settings (session, settings, checksum) VALUES (?1, ?2, ?3)
          ON CONFLICT (session) DO UPDATE SET settings = ?2, checksum = ?3",
-        params![session, settings, settings_checksum(session, settings)],
-    )?;
+    )?
+    .execute(params![session, settings, settings_checksum(session, settings)])?;
     Ok(())
 }
 

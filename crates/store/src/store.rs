@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use rusqlite::Connection;
 
 use crate::owner::{Job, Owner};
-use crate::pages::{PageRow, RemovedPage, StepCommit};
+use crate::pages::{ClaimRow, PageRow, RemovedPage, StepCommit};
 use crate::{StoreError, catalog, check};
 
 /// What an acknowledged write survives.
@@ -145,8 +145,8 @@ impl Store {
         self.read_blocking(move |db| catalog::load_pages(db, file))
     }
 
-    /// (slot, number of sessions whose path ends there), blocking.
-    pub fn claims(&self, file: i64) -> Result<Vec<(u32, u32)>, StoreError> {
+    /// Where the paths of sessions end, those first that were not used for longest; blocking.
+    pub fn claims(&self, file: i64) -> Result<Vec<ClaimRow>, StoreError> {
         self.read_blocking(move |db| catalog::claims(db, file))
     }
 

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use common::{content, event, fill, item, new_session, one_turn, open, page};
 use dormouse_store::{
-    BeginTurn, Cut, Durability, FinishTurn, Leaf, PageRow, RemovedPage, StatusFilter, StepCommit, Store,
-    StoreError, UpdateSession, WeightsFile, lock,
+    BeginTurn, ClaimRow, Cut, Durability, FinishTurn, Leaf, PageRow, RemovedPage, StatusFilter, StepCommit,
+    Store, StoreError, UpdateSession, WeightsFile, lock,
 };
 
 fn begin(session: &str, keep: usize, tokens: &[u32]) -> BeginTurn {
@@ -210,7 +210,8 @@ async fn removing_pages_moves_the_claims_of_their_sessions_to_what_stays() {
     store.commit_steps(vec![step.clone()]).unwrap().remove(0).unwrap();
     assert_eq!(store.session("s").await.unwrap().bytes_written, 4096);
     assert_eq!(store.written_bytes(20_000).await.unwrap(), [(20_000, 4096)]);
-    assert_eq!(store.claims(file).unwrap(), [(3, 1)]);
+    let claim = |leaf_slot| [ClaimRow { session: "s".into(), leaf_slot, pinned: false }];
+    assert_eq!(store.claims(file).unwrap(), claim(3));
     assert_eq!(store.load_pages(file).unwrap(), step.pages);
     // An open tail that grew replaces its row.
     let grown = PageRow { tokens: vec![9; 23], ..page(3, &[]) };
@@ -219,7 +220,14 @@ async fn removing_pages_moves_the_claims_of_their_sessions_to_what_stays() {
     let removed =
         [RemovedPage { slot: 2, parent_slot: Some(1) }, RemovedPage { slot: 3, parent_slot: Some(2) }];
     store.commit_pages(file, &[], &removed).unwrap();
-    assert_eq!(store.claims(file).unwrap(), [(1, 1)]);
+    assert_eq!(store.claims(file).unwrap(), claim(1));
+    for (settings, pinned) in
+        [(r#"{"pinned":true}"#, true), (r#"{"pinned":false}"#, false), ("damaged", false)]
+    {
+        let change = UpdateSession { settings: Some(settings.into()), ..UpdateSession::default() };
+        store.update_session("s", change).await.unwrap();
+        assert_eq!(store.claims(file).unwrap()[0].pinned, pinned, "{settings}");
+    }
     let row = store.find_session("default", "s").await.unwrap();
     assert_eq!((row.leaf_slot, row.kv_len), (Some(1), 64));
     // Another model's file under the same path forgets all.

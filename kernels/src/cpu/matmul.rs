@@ -116,12 +116,17 @@ enum Quantised<'a> {
     Int16(&'a [Block<2>]),
 }
 
+/// Values that one task quantises at the least: some microseconds.
+const QUANTISE_LEAST: usize = 4096;
+
 /// Quantises rows of `cols` values, in parallel where there are many.
 fn quantise_all<const P: usize>(cpu: &Cpu, x: &[f32], cols: usize, blocks: &mut Vec<Block<P>>) {
     assert_eq!(cols % BLOCK, 0, "quantised weights have whole blocks");
     blocks.resize(x.len() / BLOCK, Block::ZERO);
     let isa = cpu.isa;
-    let task = (16_384 / cols).max(1) * cols;
+    // Even shares, each of which outweighs handing it out.
+    let (rows, most) = (x.len() / cols, x.len() / QUANTISE_LEAST);
+    let task = rows.div_ceil(most.clamp(1, rows.max(1))) * cols;
     let blocks = Disjoint::new(blocks);
     cpu.pool.run(x.len().div_ceil(task), &|index| {
         let range = index * task..x.len().min((index + 1) * task);

@@ -20,6 +20,14 @@ pub(super) struct Paused {
     /// With an empty table, which keeps the session's claim.
     pub turn: Turn,
     since: Instant,
+    pages: Back,
+}
+
+/// A paused turn's pages on their way back.
+enum Back {
+    NotAsked,
+    Coming,
+    There(Paged),
 }
 
 impl Worker {
@@ -60,8 +68,11 @@ impl Worker {
         let spec = &waiting.spec;
         let log = &waiting.restorable()[..found.tokens()];
         let (mut table, restored) = self.restore(spec.realm, log, found, paged.unwrap_or_default());
-        self.pool.set_claim(&mut table, spec.claim);
-        let lost = spec.covered.min(spec.log.len() - 1).saturating_sub(restored.restored_tokens);
+        self.pool.set_claim(&mut table, &spec.session, spec.claim);
+        if spec.pinned {
+            self.pool.keep(&spec.session, spec.claim);
+        }
+        let lost = spec.known().saturating_sub(restored.restored_tokens);
         let evicted = || Miss::new("page_evicted", restored.restored_tokens);
         let miss = restored.miss.clone().or_else(|| (lost > 0 && paged.is_some()).then(evicted));
         let tier = if paged.is_none() { Tier::Disk } else { restored.tier };
@@ -133,19 +144,34 @@ impl Worker {
         tracing::debug!(turn = turn.spec.turn, "paused: its pages are needed");
         self.state.stats.pauses += 1;
         let at = self.state.paused.partition_point(|other| other.turn.since() <= turn.since());
-        self.state.paused.insert(at, Paused { turn, since: Instant::now() });
+        self.state.paused.insert(at, Paused { turn, since: Instant::now(), pages: Back::NotAsked });
     }
 
     /// Wakes paused turns, the oldest first: one for each turn that has ended, and one when nothing runs. Whether there were any.
     fn go_on(&mut self) -> bool {
         let mut woken = false;
-        while !self.state.paused.is_empty() && (self.state.room > 0 || self.state.running.is_empty()) {
+        while let Some(oldest) = self.state.paused.first()
+            && (self.state.room > 0 || self.state.running.is_empty())
+        {
+            let (realm, log) = (oldest.turn.spec.realm, &oldest.turn.log[..oldest.turn.log.len() - 1]);
+            let found = self.pool.find(realm, log);
+            let paged = match oldest.pages {
+                Back::Coming => break,
+                Back::There(paged) => paged,
+                Back::NotAsked => match self.pool.page_in(&found) {
+                    None => Paged::default(),
+                    Some(pages) => {
+                        let who = Who::Paused(oldest.turn.spec.turn.clone());
+                        self.state.paused[0].pages = Back::Coming;
+                        self.page_in(pages, who);
+                        break;
+                    }
+                },
+            };
             self.state.room = self.state.room.saturating_sub(1);
             let mut turn = self.wake(0);
             let known = turn.log.len() - 1;
-            let found = self.pool.find(turn.spec.realm, &turn.log[..known]);
-            let (table, restored) =
-                self.restore(turn.spec.realm, &turn.log[..known], found, Paged::default());
+            let (table, restored) = self.restore(realm, &turn.log[..known], found, paged);
             let empty = std::mem::replace(&mut turn.table, table);
             self.pool.replace(empty, &mut turn.table);
             turn.named = turn.table.len();
@@ -164,9 +190,17 @@ impl Worker {
         woken
     }
 
+    /// The pages of the paused turn of this name are there; it may have ended meanwhile.
+    pub(super) fn pages_are_back(&mut self, turn: &str, paged: Paged) {
+        if let Some(paused) = self.state.paused.iter_mut().find(|paused| paused.turn.spec.turn == turn) {
+            paused.pages = Back::There(paged);
+        }
+    }
+
     /// A turn that was paused, without pages.
     fn wake(&mut self, at: usize) -> Turn {
-        let Paused { mut turn, since } = self.state.paused.remove(at);
+        let Paused { mut turn, since, .. } = self.state.paused.remove(at);
+        self.state.coming.retain(|coming| !coming.is_for_paused(&turn.spec.turn));
         turn.receipt.paused_ms += since.elapsed().as_secs_f64() * 1e3;
         turn
     }

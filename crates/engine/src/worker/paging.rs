@@ -32,6 +32,8 @@ pub(super) enum Who {
     Waiting { waiting: Box<Waiting>, queue_ms: f64 },
     /// The running turn of this name, which computes them meanwhile.
     Running(String),
+    /// The paused turn of this name, which goes on when they are there.
+    Paused(String),
     /// Somebody who wants them in RAM.
     Resume { realm: Realm, log: Vec<TokenId>, answer: oneshot::Sender<Result<Receipt, EngineError>> },
 }
@@ -45,6 +47,10 @@ impl Coming {
         }
     }
 
+    pub fn is_for_paused(&self, name: &str) -> bool {
+        matches!(&self.who, Who::Paused(turn) if turn == name)
+    }
+
     /// Tokens whose KV is not being read.
     pub fn from(&self) -> usize {
         self.pages.0.first() * PAGE_TOKENS
@@ -54,7 +60,7 @@ impl Coming {
     pub fn give_up(self) -> Option<Waiting> {
         match self.who {
             Who::Waiting { waiting, .. } => Some(*waiting),
-            Who::Running(_) => None,
+            Who::Running(_) | Who::Paused(_) => None,
             Who::Resume { answer, .. } => {
                 let _ = answer.send(Err(EngineError::Stopped));
                 None
@@ -121,6 +127,7 @@ impl Worker {
                 self.begin(*waiting, found, queue_ms, Some(paged));
             }
             Who::Resume { realm, log, answer } => self.bring(realm, &log, paged, answer),
+            Who::Paused(turn) => self.pages_are_back(&turn, paged),
             Who::Running(_) => {}
         }
     }
@@ -198,7 +205,7 @@ impl Worker {
         let Some(at) = self.meeting(index) else { return };
         let coming = self.state.coming.remove(at);
         let turn = &mut self.state.running[index];
-        let (here, covered) = (turn.table.len(), turn.covered());
+        let (here, covered) = (turn.table.len(), turn.spec.known());
         let goes_on = !turn.gives_up_pages();
         let receipt = &mut turn.receipt;
         if goes_on && here < covered && receipt.miss.is_none() {

@@ -170,6 +170,14 @@ pub(super) fn work(config: &ModelConfig, start: usize, rows: usize, layers: Rang
     layers.map(|layer| config.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
 }
 
+/// The position at which a token costs about twice what the first one does: infinite where windows keep it from growing.
+pub(super) fn cost_doubles_at(config: &ModelConfig, context: usize) -> f64 {
+    let layers = 0..config.layers;
+    let cost = |position: usize| work(config, position, 1, layers.clone());
+    let (first, last) = (cost(0), cost(context - 1));
+    first * context as f64 / (last - first)
+}
+
 /// Where a chunk is after the layers that the budget allows: at least one.
 fn layers_within(config: &ModelConfig, chunk: &Chunk, budget: f64) -> usize {
     let (first, mut spent) = (chunk.layers, 0.0);

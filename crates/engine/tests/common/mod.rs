@@ -249,6 +249,7 @@ impl Rig {
             output_start,
             covered: row.kv_len,
             claim: row.leaf_slot,
+            pinned: false,
             sampling: ask.sampling.clone(),
             max_tokens: ask.max_tokens,
             stop: ask.stop.clone(),

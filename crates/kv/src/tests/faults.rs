@@ -42,8 +42,8 @@ fn one_flipped_bit_costs_its_page_and_those_after_it_and_nothing_else() {
     check_pool(&pool, &[&attached.table]);
 
     let leaf = rig.catalog.leaves[&0].0;
-    pool.set_claim(&mut attached.table, leaf);
-    assert_eq!(pool.table_claims[&attached.table.id], Some(slots[1]));
+    pool.set_claim(&mut attached.table, &name(0), leaf);
+    assert_eq!(pool.table_claims[&attached.table.id].leaf, Some(slots[1]));
     compute(&mut pool, &mut attached.table, &log).unwrap();
     assert!(attached.table.nodes[2..].iter().all(|slot| !slots.contains(slot)), "slots are not reused yet");
     let commit = rig.commit(&mut pool, &mut attached.table, Some(0));

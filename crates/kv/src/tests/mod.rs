@@ -4,11 +4,11 @@ mod faults;
 mod model;
 mod scenarios;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
-use dormouse_store::PageRow;
+use dormouse_store::{ClaimRow, PageRow};
 use tempfile::TempDir;
 
 use crate::{
@@ -24,6 +24,11 @@ const IDENTITY: Identity = Identity { fingerprint: [1; 32], tenant_salt: [2; 32]
 struct Catalog {
     rows: BTreeMap<u32, PageRow>,
     leaves: BTreeMap<usize, (Option<u32>, usize)>,
+    pinned: BTreeSet<usize>,
+}
+
+fn name(session: usize) -> String {
+    format!("session {session}")
 }
 
 impl Catalog {
@@ -43,14 +48,12 @@ impl Catalog {
         }
     }
 
-    fn claims(&self) -> Vec<(u32, u32)> {
-        let mut counts = BTreeMap::new();
-        for (leaf, _) in self.leaves.values() {
-            if let Some(slot) = leaf {
-                *counts.entry(*slot).or_insert(0) += 1;
-            }
-        }
-        counts.into_iter().collect()
+    fn claims(&self) -> Vec<ClaimRow> {
+        let claim = |(session, (leaf, _)): (&usize, &(Option<u32>, usize))| {
+            let pinned = self.pinned.contains(session);
+            Some(ClaimRow { session: name(*session), leaf_slot: (*leaf)?, pinned })
+        };
+        self.leaves.iter().filter_map(claim).collect()
     }
 }
 
@@ -116,7 +119,7 @@ impl Rig {
     fn fill(&mut self, pool: &mut PagePool, tokens: &[u32], session: usize) -> PendingCommit {
         let mut table = attach(pool, tokens).table;
         let leaf = self.catalog.leaves.get(&session).and_then(|(leaf, _)| *leaf);
-        pool.set_claim(&mut table, leaf);
+        pool.set_claim(&mut table, &name(session), leaf);
         compute(pool, &mut table, tokens).unwrap();
         let commit = self.commit(pool, &mut table, Some(session));
         pool.release(table);
@@ -231,4 +234,8 @@ fn check_pool(pool: &PagePool, tables: &[&BlockTable]) {
         }
     }
     assert!(places.iter().all(|count| *count == 1), "places of the slots: {places:?}");
+    assert!(pool.kept.values().flatten().all(|slot| pool.tree.contains(*slot)));
+    for claim in pool.table_claims.values() {
+        assert!(pool.kept.get(&claim.session).is_none_or(|kept| *kept == claim.leaf));
+    }
 }

@@ -49,6 +49,10 @@ enum Operation {
     Park {
         session: usize,
     },
+    Pin {
+        session: usize,
+        pinned: bool,
+    },
     Delete {
         session: usize,
     },
@@ -82,6 +86,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => (session.clone(), 0..100usize)
             .prop_map(|(session, keep_percent)| Rewind { session, keep_percent }),
         1 => session.clone().prop_map(|session| Park { session }),
+        1 => (session.clone(), any::<bool>()).prop_map(|(session, pinned)| Pin { session, pinned }),
         1 => session.prop_map(|session| Delete { session }),
         2 => (0..4usize, any::<bool>()).prop_map(|(durable, scramble)| Crash { durable, scramble }),
     ]
@@ -165,6 +170,15 @@ impl World {
                 assert_eq!(before.tokens(), after.tokens());
                 assert!(after.resident_bytes() + released <= before.resident_bytes());
             }
+            Operation::Pin { session, pinned: true } => {
+                let leaf = self.rig.catalog.leaves.get(&session).and_then(|(leaf, _)| *leaf);
+                self.pool.keep(&name(session), leaf);
+                self.rig.catalog.pinned.insert(session);
+            }
+            Operation::Pin { session, pinned: false } => {
+                self.pool.let_go(&name(session));
+                self.rig.catalog.pinned.remove(&session);
+            }
             Operation::Delete { session } => self.delete(session),
             Operation::Crash { durable, scramble } => self.crash(durable, |world| {
                 if scramble {
@@ -192,7 +206,7 @@ impl World {
                 assert!(attached.damaged.is_empty());
             }
             let leaf = self.rig.catalog.leaves.get(&index).and_then(|(leaf, _)| *leaf);
-            self.pool.set_claim(&mut attached.table, leaf);
+            self.pool.set_claim(&mut attached.table, &name(index), leaf);
             attached.table
         });
         let target = (table.len() + count).min(session.log.len());
@@ -250,6 +264,8 @@ impl World {
             self.acknowledge_oldest();
         }
         self.end(index);
+        self.pool.let_go(&name(index));
+        self.rig.catalog.pinned.remove(&index);
         if let Some((Some(leaf), _)) = self.rig.catalog.leaves.remove(&index) {
             self.pool.unclaim(leaf, true);
         }

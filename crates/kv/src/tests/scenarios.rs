@@ -136,7 +136,7 @@ fn refused_drafts_leave_no_pages_behind() {
 }
 
 #[test]
-fn eviction_takes_unclaimed_pages_first_then_the_least_recently_used_and_never_a_pinned_one() {
+fn eviction_takes_what_no_session_claims_before_what_one_does_and_never_what_is_in_use() {
     let mut rig = Rig::new(8);
     let mut pool = rig.open();
     for session in [0, 1, 2] {
@@ -165,6 +165,89 @@ fn eviction_takes_unclaimed_pages_first_then_the_least_recently_used_and_never_a
         other => panic!("unexpected {other:?}"),
     }
     assert_eq!(restored(&pool, 2), 128, "a request that cannot be met evicts nothing");
+}
+
+/// Restorable tokens of three sequences of two pages each, after a fourth one took two pages of the six there are.
+fn left_of_three(prepare: impl FnOnce(&mut Rig, &mut PagePool)) -> [usize; 3] {
+    let mut rig = Rig::new(6);
+    let mut pool = rig.open();
+    for session in [0, 1, 2] {
+        rig.fill(&mut pool, &tokens(session, 128), session as usize);
+    }
+    prepare(&mut rig, &mut pool);
+    let new = tokens(5, 128);
+    let mut table = attach(&mut pool, &new).table;
+    assert!(matches!(pool.reserve(&mut table, 128), Err(KvError::AwaitingRemovals { evicted: 2, .. })));
+    rig.commit_removals(&mut pool);
+    compute(&mut pool, &mut table, &new).unwrap();
+    check_pool(&pool, &[&table]);
+    [0, 1, 2].map(|seed| pool.find(Realm::default(), &tokens(seed, 128)).tokens())
+}
+
+#[test]
+fn the_least_recently_used_session_loses_its_pages_and_a_kept_one_only_when_there_are_no_others() {
+    assert_eq!(left_of_three(|_, _| {}), [0, 128, 128]);
+    let keep = |rig: &Rig, pool: &mut PagePool, session: usize| {
+        pool.keep(&name(session), rig.catalog.leaves[&session].0);
+    };
+    assert_eq!(left_of_three(|rig, pool| keep(rig, pool, 0)), [128, 0, 128]);
+    let let_go = |rig: &mut Rig, pool: &mut PagePool| {
+        keep(rig, pool, 0);
+        pool.let_go(&name(0));
+    };
+    assert_eq!(left_of_three(let_go), [0, 128, 128]);
+    let all = |rig: &mut Rig, pool: &mut PagePool| (0..3).for_each(|session| keep(rig, pool, session));
+    assert_eq!(left_of_three(all), [0, 128, 128]);
+    // As a restart finds it, in the order in which sessions were used.
+    let restart = |rig: &mut Rig, pool: &mut PagePool| {
+        rig.catalog.pinned.insert(0);
+        *pool = Rig::new(1).open();
+        *pool = rig.open();
+    };
+    assert_eq!(left_of_three(restart), [128, 0, 128]);
+}
+
+#[test]
+fn what_was_just_used_outlives_what_a_session_claims_and_has_not_used_for_long() {
+    let unclaim_last = |rig: &mut Rig, pool: &mut PagePool| {
+        pool.unclaim(rig.catalog.leaves.remove(&2).unwrap().0.unwrap(), false);
+    };
+    assert_eq!(left_of_three(unclaim_last), [128, 128, 0]);
+    let used_since = |rig: &mut Rig, pool: &mut PagePool| {
+        unclaim_last(rig, pool);
+        for _ in 0..40 {
+            let table = attach(pool, &tokens(2, 128)).table;
+            pool.release(table);
+        }
+    };
+    assert_eq!(left_of_three(used_since), [0, 128, 128]);
+}
+
+#[test]
+fn of_pages_unused_for_as_long_the_ones_that_are_cheapest_to_compute_go() {
+    let mut rig = Rig::new(8);
+    let mut pool = rig.open();
+    // Five pages on one path, the last one not full, and two on another.
+    rig.fill(&mut pool, &tokens(1, 300), 0);
+    rig.fill(&mut pool, &tokens(2, 128), 1);
+    let (long, short) = (attach(&mut pool, &tokens(1, 300)).table, attach(&mut pool, &tokens(2, 128)).table);
+    for table in [long, short] {
+        pool.release(table);
+    }
+    // So long ago that it does not matter which of them came first.
+    for _ in 0..1000 {
+        let other = attach(&mut pool, &[]).table;
+        pool.release(other);
+    }
+    pool.set_cost_doubles_at(640.0);
+    let mut restored = Vec::new();
+    for wanted in [2, 3] {
+        assert_eq!(pool.evict_until(wanted), 1);
+        rig.commit_removals(&mut pool);
+        restored.push([1, 2].map(|seed| pool.find(Realm::default(), &tokens(seed, 300)).tokens()));
+    }
+    // First the page that is not full, though it lies deepest; then a shallow one before a deep one.
+    assert_eq!(restored, [[256, 128], [256, 64]]);
 }
 
 #[test]
@@ -223,7 +306,7 @@ fn a_withdrawn_commit_is_repeated_whole_by_the_next() {
     let mut pool = rig.open();
     let log = tokens(1, 100);
     let mut table = attach(&mut pool, &log).table;
-    pool.set_claim(&mut table, None);
+    pool.set_claim(&mut table, &name(0), None);
     compute(&mut pool, &mut table, &log).unwrap();
     let failed = pool.commit(&mut table, Tail::Synced).unwrap();
     pool.withdraw(failed.ticket);
@@ -397,7 +480,7 @@ fn realms_share_nothing_and_know_their_own_pages_after_opening() {
     for (session, realm) in [Realm::default(), ann, bob].into_iter().enumerate() {
         let Attached { mut table, restored, .. } = attach_in(realm, &mut pool, &log);
         assert_eq!(restored, 0);
-        pool.set_claim(&mut table, None);
+        pool.set_claim(&mut table, &name(0), None);
         compute(&mut pool, &mut table, &log[..150 - session]).unwrap();
         rig.commit(&mut pool, &mut table, Some(session));
         pool.release(table);

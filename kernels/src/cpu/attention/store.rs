@@ -15,6 +15,10 @@ const LARGEST_ROW: usize = 2 * 512;
 /// later score of its head undefined.
 const LARGEST_HALF: f32 = 65504.0;
 
+/// What storing a value takes, in those that only pass through registers: a turned key's go to a cache line each, and the
+/// first ones of a page meet memory that the system must yet give.
+const STORE_COST: usize = 8;
+
 /// Writes the keys and values of every row of the batch, `[rows, kv_heads, head_dim]` each, to its position in its
 /// sequence's pages.
 pub fn store_kv(
@@ -29,7 +33,7 @@ pub fn store_kv(
     assert!(layout.row_bytes() <= LARGEST_ROW, "heads of at most 512 values");
     let (isa, width) = (cpu.isa, layout.kv_heads * layout.head_dim);
     let rows = sequences.iter().map(|sequence| sequence.rows).sum();
-    each_range(cpu, rows, 2 * width, &|range| {
+    each_range(cpu, rows, STORE_COST * 2 * width, &|range| {
         let mut first = 0;
         for sequence in sequences {
             let own = range.start.max(first)..range.end.min(first + sequence.rows);
