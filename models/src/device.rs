@@ -73,14 +73,17 @@ impl Device {
     ) -> Result<(Device, Option<String>), ModelError> {
         match choice {
             DeviceChoice::Cpu => Ok((Device::Cpu, None)),
-            DeviceChoice::Cuda(number) => Ok((cuda(choice, number, budget_bytes)?, None)),
+            DeviceChoice::Cuda(number) => match cuda(number, budget_bytes) {
+                Ok(device) => Ok((device, None)),
+                Err(why) => Err(not_here(choice, format!("{why}; use --device cpu"))),
+            },
             DeviceChoice::Metal => {
                 Err(not_here(choice, "this build has no code for Metal; use --device cpu"))
             }
             #[cfg(feature = "cuda")]
-            DeviceChoice::Auto => match cuda(DeviceChoice::Cuda(0), 0, budget_bytes) {
+            DeviceChoice::Auto => match cuda(0, budget_bytes) {
                 Ok(device) => Ok((device, None)),
-                Err(error) => Ok((Device::Cpu, Some(format!("{error}; computing on the CPU")))),
+                Err(why) => Ok((Device::Cpu, Some(format!("{why}; computing on the CPU")))),
             },
             #[cfg(not(feature = "cuda"))]
             DeviceChoice::Auto => Ok((Device::Cpu, None)),
@@ -152,15 +155,14 @@ fn not_here(choice: DeviceChoice, what: impl Into<String>) -> ModelError {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(choice: DeviceChoice, number: usize, budget_bytes: Option<u64>) -> Result<Device, ModelError> {
-    let gpu = dormouse_kernels::cuda::Gpu::open(number);
-    let gpu = gpu.map_err(|error| not_here(choice, error.to_string()))?;
+fn cuda(number: usize, budget_bytes: Option<u64>) -> Result<Device, String> {
+    let gpu = dormouse_kernels::cuda::Gpu::open(number).map_err(|error| error.to_string())?;
     Ok(Device::Cuda(CudaDevice { gpu, budget_bytes }))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(choice: DeviceChoice, _: usize, _: Option<u64>) -> Result<Device, ModelError> {
-    Err(not_here(choice, "this build has no code for CUDA (its feature 'cuda' is off); use --device cpu"))
+fn cuda(_: usize, _: Option<u64>) -> Result<Device, String> {
+    Err("this build has no code for CUDA (its feature 'cuda' is off)".into())
 }
 
 #[cfg(test)]

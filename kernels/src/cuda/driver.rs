@@ -16,7 +16,7 @@ pub enum CudaError {
         "this program holds no code for CUDA devices: its build had a stand-in for nvcc; build it with a real one (NVCC=…)"
     )]
     NoCode,
-    #[error("{name} has compute capability {major}.{minor}, and at least 8.0 is needed; use --device cpu")]
+    #[error("{name} has compute capability {major}.{minor}, and at least 8.0 is needed")]
     TooOld { name: String, major: i32, minor: i32 },
     #[error("the device has no room for {wanted} bytes of {what}: {free} bytes are free")]
     NoRoom { what: &'static str, wanted: usize, free: usize },

@@ -89,6 +89,8 @@ struct Case {
     attention: Attention,
     /// Positions before the rows, and rows, of each sequence.
     sequences: Vec<(usize, usize)>,
+    /// A position whose values are none.
+    nan: Option<usize>,
 }
 
 /// The device's attention of all rows, and the CPU's over the same pages.
@@ -100,6 +102,10 @@ fn both(gpu: &Arc<Gpu>, case: &Case, split: bool) -> (Vec<f32>, Vec<f32>) {
         let count = (start + rows) * layout.kv_heads * layout.head_dim;
         let (k, v) = (values(count, 10 + number as u64), values(count, 20 + number as u64));
         let k: Vec<f32> = k.iter().map(|k| k * 3.0).collect();
+        let mut v = v;
+        if let Some(position) = case.nan {
+            v[position * layout.kv_heads * layout.head_dim..][..layout.head_dim].fill(f32::NAN);
+        }
         append(gpu, &mut pages, case.attention.layer, 0, &k, &v);
         all.push(pages);
     }
@@ -151,7 +157,8 @@ fn both(gpu: &Arc<Gpu>, case: &Case, split: bool) -> (Vec<f32>, Vec<f32>) {
 
 fn case(layout: PageLayout, heads: usize, window: Option<usize>, soft_cap: Option<f32>) -> Case {
     let attention = Attention { layout, layer: 1, heads, scale: 0.2, window, soft_cap };
-    Case { attention, sequences: vec![(0, 5), (300, 3), (61, 9), (600, 1)] }
+    // One of them begins in one segment and ends in the next.
+    Case { attention, sequences: vec![(0, 5), (300, 3), (61, 9), (252, 8), (600, 1)], nan: None }
 }
 
 #[test]
@@ -191,12 +198,32 @@ fn a_rows_bits_do_not_depend_on_the_rows_beside_it() {
             let layout = PageLayout { layers: 2, kv_heads: 2, head_dim: 64, dtype };
             let attention = Attention { layout, layer: 1, heads: 6, scale: 0.2, window, soft_cap: None };
             let width = attention.heads * layout.head_dim;
-            let (whole, _) = both(&gpu, &Case { attention, sequences: vec![(0, 290)] }, false);
+            let (whole, _) = both(&gpu, &Case { attention, sequences: vec![(0, 290)], nan: None }, false);
             for (start, rows) in [(289, 1), (250, 40), (100, 7), (255, 2), (0, 1)] {
-                let (part, _) = both(&gpu, &Case { attention, sequences: vec![(start, rows)] }, true);
+                let (part, _) =
+                    both(&gpu, &Case { attention, sequences: vec![(start, rows)], nan: None }, true);
                 let same = bits(&part) == bits(&whole[start * width..(start + rows) * width]);
                 assert!(same, "{dtype:?}, window {window:?}: {rows} rows from {start} on");
             }
+        }
+    }
+}
+
+#[test]
+fn what_a_row_does_not_see_does_not_touch_it_whatever_it_holds() {
+    let gpu = gpu();
+    let layout = PageLayout { layers: 2, kv_heads: 1, head_dim: 64, dtype: KvDtype::F16 };
+    let attention = Attention { layout, layer: 1, heads: 1, scale: 0.2, window: Some(40), soft_cap: None };
+    // Position 21 is seen by rows 21 to 60, and not by those around them that share a tile with some of these.
+    let sequences = vec![(10, 70)];
+    let (sound, _) = both(&gpu, &Case { attention, sequences: sequences.clone(), nan: None }, false);
+    let (broken, _) = both(&gpu, &Case { attention, sequences, nan: Some(21) }, false);
+    for row in 0..70 {
+        let values = row * 64..(row + 1) * 64;
+        if (21..=60).contains(&(row + 10)) {
+            assert!(broken[values].iter().all(|value| value.is_nan()), "row {row} sees it");
+        } else {
+            assert_eq!(bits(&broken[values.clone()]), bits(&sound[values]), "row {row} does not");
         }
     }
 }
