@@ -5,6 +5,8 @@
 //! are computed together, how a prompt was cut into chunks, or how many threads ran.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod packed;
 pub mod page;
 pub mod quant;

@@ -132,7 +132,7 @@ impl PageLayout {
 /// The bytes of one page in a mapped page file.
 ///
 /// Whoever makes one vouches for it; kernels then read and write pages without further ceremony.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PagePtr(*mut u8);
 
 // SAFETY: a `PagePtr` is an address; the promise made at its creation covers use from other threads.

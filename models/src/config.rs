@@ -8,6 +8,8 @@ mod rope;
 
 use std::path::Path;
 
+use dormouse_kernels::{KvDtype, PageLayout};
+
 use crate::error::ModelError;
 
 pub use names::{NameScheme, Role};
@@ -19,6 +21,9 @@ const LARGEST_SIZE: usize = 1 << 24;
 const LARGEST_COUNT: usize = 1 << 12;
 /// The widest head that a KV row buffer holds.
 const LARGEST_HEAD: usize = 512;
+
+/// What one multiply-add of attention takes, in those of weights: floats against integers.
+const ATTENTION_COST: f64 = 2.5;
 
 /// The function between the two halves of the feed-forward block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +147,21 @@ impl ModelConfig {
     /// Positions that attention sees in this layer; None: all.
     pub fn window(&self, layer: usize) -> Option<usize> {
         self.sliding_window.filter(|_| self.layer_kinds[layer].windowed)
+    }
+
+    /// The shape of this model's KV pages.
+    pub fn page_layout(&self, dtype: KvDtype) -> PageLayout {
+        let ModelConfig { layers, kv_heads, head_dim, .. } = *self;
+        PageLayout { layers, kv_heads, head_dim, dtype }
+    }
+
+    /// About what a row at `position` costs in one layer, in multiply-adds of weights.
+    pub fn row_work(&self, layer: usize, position: usize) -> f64 {
+        let (q_width, kv_width) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let d_ff = self.experts.map_or(self.d_ff, |experts| experts.d_ff * experts.used);
+        let weights = self.d_model * (2 * (q_width + kv_width) + 3 * d_ff);
+        let seen = self.window(layer).unwrap_or(usize::MAX).min(position + 1);
+        weights as f64 + ATTENTION_COST * (2 * q_width * seen) as f64
     }
 
     /// The description for sessions of at most `context` positions. Only rotations that depend on the length of a text

@@ -1,7 +1,7 @@
 //! The one decoder of every supported family: a transformer read off a [`ModelConfig`].
 
-mod experts;
-mod weights;
+pub(crate) mod experts;
+pub(crate) mod weights;
 
 use std::ops::Range;
 
@@ -26,16 +26,36 @@ pub struct Decoder {
     /// That of most layers, then that of windowed ones where it differs.
     rotations: Vec<Rotation>,
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<Layer<PackedWeights>>,
     output_norm: Vec<f32>,
     output: Operand,
 }
 
 /// How queries and keys carry their position.
-struct Rotation {
+pub(crate) struct Rotation {
     /// `[rope dims / 2]`
     frequencies: Vec<f32>,
     magnitude: f32,
+}
+
+impl Rotation {
+    /// Those of most layers, then of windowed ones where it differs.
+    pub(crate) fn of(config: &ModelConfig) -> Vec<Rotation> {
+        let rotation = |rope: &Rope| Rotation {
+            frequencies: rope.frequencies(config.context),
+            magnitude: rope.magnitude(),
+        };
+        [Some(&config.rope), config.local_rope.as_ref()].into_iter().flatten().map(rotation).collect()
+    }
+
+    /// Cosine and sine of every pair's angle at a position, `[rope dims / 2]` each.
+    pub(crate) fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+        rope::angles(position, &self.frequencies, cos, sin);
+        if self.magnitude != 1.0 {
+            scale(cos, self.magnitude);
+            scale(sin, self.magnitude);
+        }
+    }
 }
 
 /// Rows to compute together: prompt chunks and single decode steps of any number of sequences, token-flattened.
@@ -56,9 +76,6 @@ pub struct Chunk<'a> {
     /// first layer and after the last it is of no meaning.
     pub hidden: &'a mut Vec<f32>,
 }
-
-/// What one multiply-add of attention takes, in those of weights: floats against integers.
-const ATTENTION_COST: f64 = 2.5;
 
 /// The buffers of a forward pass, kept from one to the next.
 #[derive(Default)]
@@ -122,19 +139,11 @@ impl Decoder {
         packed: &PackedWeights,
         config: ModelConfig,
     ) -> Result<Decoder, ModelError> {
-        let finder = Finder { source, packed, config: &config };
+        let finder = Finder { source, home: packed, config: &config };
         let layers = (0..config.layers).map(|layer| finder.layer(layer)).collect::<Result<_, _>>()?;
-        let embedding = finder.tensor(0, Role::TokenEmbedding, config.vocab, config.d_model)?;
-        let head = if config.tied_head { Role::TokenEmbedding } else { Role::Output };
-        let output = finder.operand(0, head, config.vocab, config.d_model)?;
+        let (embedding, output) = (finder.embedding()?, finder.output()?);
         let output_norm = finder.norm(0, Role::OutputNorm, config.d_model)?;
-        let rotation = |rope: &Rope| Rotation {
-            frequencies: rope.frequencies(config.context),
-            magnitude: rope.magnitude(),
-        };
-        let rotations =
-            [Some(&config.rope), config.local_rope.as_ref()].into_iter().flatten().map(rotation).collect();
-        Ok(Decoder { rotations, embedding, layers, output_norm, output, config })
+        Ok(Decoder { rotations: Rotation::of(&config), embedding, layers, output_norm, output, config })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -143,8 +152,7 @@ impl Decoder {
 
     /// The shape of this model's KV pages.
     pub fn page_layout(&self, dtype: KvDtype) -> PageLayout {
-        let config = &self.config;
-        PageLayout { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim, dtype }
+        self.config.page_layout(dtype)
     }
 
     /// Computes every row of `batch`: writes its keys and values to its pages and leaves the wanted logits in
@@ -193,16 +201,6 @@ impl Decoder {
         self.logits(cpu, batch.logit_rows, work);
     }
 
-    /// About what a row at `position` costs in one layer, in multiply-adds of weights.
-    pub fn row_work(&self, layer: usize, position: usize) -> f64 {
-        let config = &self.config;
-        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let d_ff = config.experts.map_or(config.d_ff, |experts| experts.d_ff * experts.used);
-        let weights = config.d_model * (2 * (q_width + kv_width) + 3 * d_ff);
-        let seen = config.window(layer).unwrap_or(usize::MAX).min(position + 1);
-        weights as f64 + ATTENTION_COST * (2 * q_width * seen) as f64
-    }
-
     /// Takes the rows of `work.x`, which are those of `batch`, through some layers.
     fn pass(
         &self,
@@ -228,18 +226,9 @@ impl Decoder {
 
     /// Appends each token's row of the embedding, scaled, to the residual stream.
     fn embed(&self, tokens: &[TokenId], work: &mut Activations) {
-        let d = self.config.d_model;
-        let row_bytes = self.embedding.ty.row_bytes(d);
         let before = work.x.len();
-        work.x.resize(before + tokens.len() * d, 0.0);
-        let embedded = &mut work.x[before..];
-        for (token, x) in tokens.iter().zip(embedded.chunks_exact_mut(d)) {
-            let row = &self.embedding.bytes()[*token as usize * row_bytes..][..row_bytes];
-            dormouse_kernels::quant::dequantize(self.embedding.ty, row, x);
-        }
-        if self.config.embedding_scale != 1.0 {
-            scale(embedded, self.config.embedding_scale);
-        }
+        work.x.resize(before + tokens.len() * self.config.d_model, 0.0);
+        embed(&self.config, &self.embedding, tokens, &mut work.x[before..]);
     }
 
     /// The rotation of every row's position, the same in all layers that share one.
@@ -250,11 +239,7 @@ impl Decoder {
                 for row in 0..sequence.rows {
                     let at = (index * batch.tokens.len() + sequence.first_row + row) * pairs;
                     let (cos, sin) = (&mut work.cos[at..at + pairs], &mut work.sin[at..at + pairs]);
-                    rope::angles(sequence.start + row, &rotation.frequencies, cos, sin);
-                    if rotation.magnitude != 1.0 {
-                        scale(cos, rotation.magnitude);
-                        scale(sin, rotation.magnitude);
-                    }
+                    rotation.angles(sequence.start + row, cos, sin);
                 }
             }
         }
@@ -267,7 +252,7 @@ impl Decoder {
         layout: &PageLayout,
         batch: &Batch<'_>,
         index: usize,
-        layer: &Layer,
+        layer: &Layer<PackedWeights>,
         work: &mut Activations,
     ) {
         let config = &self.config;
@@ -319,7 +304,7 @@ impl Decoder {
     }
 
     /// Norm, gate and up, activation, down, norm, add; with experts, by those that each row is routed to.
-    fn feed_forward(&self, cpu: &Cpu, layer: &Layer, work: &mut Activations) {
+    fn feed_forward(&self, cpu: &Cpu, layer: &Layer<PackedWeights>, work: &mut Activations) {
         let config = &self.config;
         let input = normed(cpu, &work.x, layer.ffn_norm.as_deref(), config.norm_eps, &mut work.normed);
         let (activation, buffers) = (config.activation, &mut work.gated);
@@ -368,6 +353,18 @@ impl Decoder {
     }
 }
 
+/// Each token's row of the embedding, scaled, to `out`, `[tokens, d_model]`.
+pub(crate) fn embed(config: &ModelConfig, embedding: &Tensor, tokens: &[TokenId], out: &mut [f32]) {
+    let row_bytes = embedding.ty.row_bytes(config.d_model);
+    for (token, x) in tokens.iter().zip(out.chunks_exact_mut(config.d_model)) {
+        let row = &embedding.bytes()[*token as usize * row_bytes..][..row_bytes];
+        dormouse_kernels::quant::dequantize(embedding.ty, row, x);
+    }
+    if config.embedding_scale != 1.0 {
+        scale(out, config.embedding_scale);
+    }
+}
+
 /// Scales every row's queries by its position's factor.
 fn warm(temperature: &Temperature, batch: &Batch<'_>, q: &mut [f32]) {
     let width = q.len() / batch.tokens.len();
@@ -396,7 +393,7 @@ fn normed<'a>(cpu: &Cpu, x: &'a [f32], weight: Option<&[f32]>, eps: f32, buffer:
 fn gated(
     cpu: &Cpu,
     activation: Activation,
-    weights: &Gated,
+    weights: &Gated<PackedWeights>,
     x: &[f32],
     buffers: &mut GatedBuffers,
     out: &mut [f32],
@@ -416,7 +413,7 @@ fn gated(
     matmul(cpu, &buffers.gate, [Product { weights: weights.down.matrix(), out }]);
 }
 
-fn add_own_bias(cpu: &Cpu, projection: &Projection, out: &mut [f32]) {
+fn add_own_bias(cpu: &Cpu, projection: &Projection<PackedWeights>, out: &mut [f32]) {
     if let Some(bias) = &projection.bias {
         add_bias(cpu, out, bias);
     }

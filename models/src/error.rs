@@ -24,6 +24,9 @@ pub enum ModelError {
     Template(String),
     #[error("{0}")]
     Catalog(String),
+    /// A device is not there, or failed.
+    #[error("device {device}: {what}")]
+    Device { device: String, what: String },
 }
 
 impl ModelError {

@@ -1,10 +1,14 @@
 //! Open-weight models: files, tokenizer, chat template, and one generic decoder with a description per family.
 
+pub mod backend;
 pub mod catalog;
 pub mod chat_template;
 pub mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod decoder;
 pub mod detokenize;
+pub mod device;
 pub mod error;
 pub mod gguf;
 pub mod likelihood;
@@ -16,9 +20,11 @@ pub mod source;
 pub mod tokenizer;
 pub mod weights;
 
+pub use backend::Backend;
 pub use chat_template::ChatTemplate;
 pub use config::ModelConfig;
 pub use detokenize::TextStream;
+pub use device::{Device, DeviceChoice};
 pub use error::ModelError;
 pub use model::{LoadOptions, Model, hash_weights};
 pub use source::ModelSource;

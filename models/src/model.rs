@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use dormouse_kernels::{KEY_GROUP, KvDtype, PAGE_TOKENS, PageLayout};
 
-use crate::ModelError;
+use crate::backend::Weights;
 use crate::chat_template::ChatTemplate;
 use crate::config::ModelConfig;
-use crate::decoder::Decoder;
-use crate::pack::{PackFile, PackedWeights};
+use crate::pack::PackFile;
 use crate::source::ModelSource;
 use crate::tokenizer::Tokenizer;
+use crate::{Device, ModelError};
 
 /// How a model is to be loaded.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ pub struct LoadOptions {
     pub kv_dtype: KvDtype,
     /// [`hash_weights`] of the path.
     pub weights_hash: [u8; 32],
-    /// The device's numerics tag (`Cpu::numerics`).
+    /// The device's numerics tag ([`Device::numerics`]).
     pub device_numerics: String,
     /// Folders for the packed weights ([`PackFile`]); with none, they are packed into memory.
     pub pack_folders: Vec<PathBuf>,
@@ -35,17 +35,27 @@ pub struct Model {
     context: usize,
     tokenizer: Arc<Tokenizer>,
     template: ChatTemplate,
-    decoder: Decoder,
+    weights: Arc<Weights>,
     layout: PageLayout,
     numerics: String,
     fingerprint: [u8; 32],
 }
 
 impl Model {
-    /// Maps the GGUF file, or the safetensors folder, at `path`.
+    /// Maps the GGUF file, or the safetensors folder, at `path`, for the CPU.
     ///
     /// Where its weights are not packed yet, they are, and `progress` is told (bytes done, bytes in all).
     pub fn load(
+        path: &Path,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model, ModelError> {
+        Model::load_on(&Device::Cpu, path, options, progress)
+    }
+
+    /// The same for any device.
+    pub fn load_on(
+        device: &Device,
         path: &Path,
         options: LoadOptions,
         progress: &mut dyn FnMut(u64, u64),
@@ -64,14 +74,10 @@ impl Model {
         }
         let config = config.for_context(context);
         let (folders, weights_hash) = (&options.pack_folders[..], options.weights_hash);
-        let packed = match folders {
-            [] => PackedWeights::in_memory(&source)?,
-            _ => PackedWeights::open(&source, PackFile { folders, weights_hash, progress })?,
-        };
-        let decoder = Decoder::new(&source, &packed, config.clone())?;
+        let weights = Weights::load(device, &source, &config, PackFile { folders, weights_hash, progress })?;
         let tokenizer = source.tokenizer()?.limited_to(config.vocab)?;
         let template = source.chat_template(&tokenizer)?;
-        let layout = decoder.page_layout(options.kv_dtype);
+        let layout = config.page_layout(options.kv_dtype);
         let numerics = format!("{}-kv_{}", options.device_numerics, options.kv_dtype.name());
         Ok(Model {
             name: options.name,
@@ -80,7 +86,7 @@ impl Model {
             fingerprint: fingerprint(&options.weights_hash, &config, &numerics),
             tokenizer: Arc::new(tokenizer),
             template,
-            decoder,
+            weights: Arc::new(weights),
             layout,
             numerics,
         })
@@ -103,8 +109,13 @@ impl Model {
         &self.template
     }
 
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
+    pub fn config(&self) -> &ModelConfig {
+        self.weights.config()
+    }
+
+    /// The weights, where they are computed with.
+    pub fn weights(&self) -> &Arc<Weights> {
+        &self.weights
     }
 
     pub fn layout(&self) -> &PageLayout {

@@ -12,8 +12,8 @@ use dormouse_embed::Embedder;
 use dormouse_engine::{Engine, EngineOptions, Reopen};
 use dormouse_kernels::{Cpu, PageLayout};
 use dormouse_kv::{Identity, KvError, Limits, OpenReport, PagePool};
-use dormouse_models::Model;
 use dormouse_models::model::{LoadOptions, hash_weights};
+use dormouse_models::{Device, DeviceChoice, Model};
 use dormouse_session::{Runtime, RuntimeOptions};
 use dormouse_store::{Store, WeightsFile};
 
@@ -33,6 +33,8 @@ pub struct Running {
     pub pages: Vec<OpenPages>,
     pub embedder: Option<Embedder>,
     pub quota: Bytes,
+    /// What computes.
+    pub device: String,
 }
 
 impl Running {
@@ -70,12 +72,12 @@ pub async fn assemble(
     // Mending a database or hashing weights takes as long as the disk needs; signals are listened to meanwhile.
     let (settings, files, embedding) = (config.clone(), models.to_vec(), embedding.cloned());
     let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files, embedding.as_ref()));
-    let Opened { store, engines, pages, embedder, quota } =
+    let Opened { store, engines, pages, embedder, quota, device } =
         opening.await.context("opening the data directory failed")??;
     let clock_offset_seconds = config.faults.clock_offset_seconds;
     let options = RuntimeOptions { clock_offset_seconds, ..RuntimeOptions::default() };
     let runtime = Runtime::open(store.clone(), engines.clone(), options)?;
-    Ok(Running { runtime, store, engines, pages, embedder, quota })
+    Ok(Running { runtime, store, engines, pages, embedder, quota, device })
 }
 
 /// All that is opened before the first session is looked at.
@@ -85,22 +87,25 @@ struct Opened {
     pages: Vec<OpenPages>,
     embedder: Option<Embedder>,
     quota: Bytes,
+    device: String,
 }
 
 fn open_all(config: &Config, models: &[ModelFile], embedding: Option<&ModelFile>) -> Result<Opened> {
     let store = open_store(config)?;
     let quota = quota(config)?;
+    let device = open_device(config)?;
     // First, because it is quick: a folder that cannot be used is told before weights of gigabytes are read.
     let embedder = embedding.map(|file| start_embedder(config, file)).transpose()?;
     let mut engines = Vec::new();
     let mut pages = Vec::new();
     for file in models {
-        let (engine, opened) = start_engine(config, &store, file, quota)
+        let (engine, opened) = start_engine(config, &device, &store, file, quota)
             .with_context(|| format!("model '{}' ({})", file.name, file.path.display()))?;
         engines.push(engine);
         pages.push(opened);
     }
-    Ok(Opened { store, engines, pages, embedder, quota })
+    let device = device.describe(&cpu(config)?);
+    Ok(Opened { store, engines, pages, embedder, quota, device })
 }
 
 fn start_embedder(config: &Config, file: &ModelFile) -> Result<Embedder> {
@@ -115,13 +120,27 @@ pub fn open_store(config: &Config) -> Result<Store> {
     Ok(Store::open(&config.data_dir, config.durability)?)
 }
 
+/// Opens the device that the settings name; where that turns out to be the CPU, the log says why.
+fn open_device(config: &Config) -> Result<Device> {
+    let (device, notice) = Device::open(config.device, config.device_budget.map(|budget| budget.0))?;
+    if let Some(notice) = notice {
+        tracing::warn!("{notice}");
+    }
+    Ok(device)
+}
+
+fn cpu(config: &Config) -> Result<Cpu> {
+    Ok(Cpu::new(config.threads).map_err(anyhow::Error::msg)?.with_precision(config.activations))
+}
+
 fn start_engine(
     config: &Config,
+    device: &Device,
     store: &Store,
     file: &ModelFile,
     quota: Bytes,
 ) -> Result<(Engine, OpenPages)> {
-    let (cpu, model) = load_model(config, store, file)?;
+    let (cpu, model) = load_model(config, device, store, file)?;
     let (pool, page_file, opened) = open_pages(config, store, &model, quota)?;
     let (model, store, durability) = (Arc::new(model), store.clone(), config.durability);
     let options = EngineOptions {
@@ -144,30 +163,50 @@ fn reopen(config: Config, store: Store, model: Arc<Model>, quota: Bytes) -> Reop
 
 /// A model's pages alone, to be checked.
 pub fn assemble_pages(config: &Config, store: &Store, file: &ModelFile) -> Result<(PagePool, OpenPages)> {
-    let (_, model) = load_model(config, store, file)?;
+    // Its weights need not be on the device for that.
+    let numerics = open_device(config)?.numerics(&cpu(config)?);
+    let model = load_on(&Device::Cpu, numerics, config, store, file)?;
     let (pool, _, opened) = open_pages(config, store, &model, quota(config)?)?;
     Ok((pool, opened))
 }
 
-fn load_model(config: &Config, store: &Store, file: &ModelFile) -> Result<(Cpu, Model)> {
-    let cpu = Cpu::new(config.threads).map_err(anyhow::Error::msg)?.with_precision(config.activations);
+fn load_model(config: &Config, device: &Device, store: &Store, file: &ModelFile) -> Result<(Cpu, Model)> {
+    let cpu = cpu(config)?;
+    let loaded = load_on(device, device.numerics(&cpu), config, store, file);
+    let model = match loaded {
+        Err(why) if config.device == DeviceChoice::Auto && !matches!(device, Device::Cpu) => {
+            tracing::warn!("model '{}': {why:#}; computing on the CPU", file.name);
+            load_on(&Device::Cpu, cpu.numerics(), config, store, file)?
+        }
+        loaded => loaded?,
+    };
+    Ok((cpu, model))
+}
+
+fn load_on(
+    device: &Device,
+    device_numerics: String,
+    config: &Config,
+    store: &Store,
+    file: &ModelFile,
+) -> Result<Model> {
     let options = LoadOptions {
         name: file.name.clone(),
         context: config.context,
         kv_dtype: config.kv_dtype,
         weights_hash: weights_hash(store, &file.path)?,
-        device_numerics: cpu.numerics(),
+        device_numerics,
         pack_folders: pack_folders(config, &file.path),
     };
     let mut bar = None;
-    let model = Model::load(&file.path, options, &mut |done, total| {
+    let model = Model::load_on(device, &file.path, options, &mut |done, total| {
         let bar = bar.get_or_insert_with(|| crate::output::progress_bar("packing weights", total));
         bar.set_position(done);
     })?;
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
-    Ok((cpu, model))
+    Ok(model)
 }
 
 /// Packed weights lie beside the model's file, or under the data directory where nothing can be written there.

@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::{BoolishValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use dormouse_engine::{DEFAULT_STUCK_AFTER, Speculation};
 use dormouse_kernels::{KvDtype, Precision};
+use dormouse_models::DeviceChoice;
 use dormouse_store::Durability;
 use serde::Deserialize;
 
@@ -41,6 +42,12 @@ pub struct Settings {
     /// Threads to compute with [default: all cores]
     #[arg(long, global = true, env = "DORMOUSE_THREADS", value_parser = at_least_one())]
     pub threads: Option<usize>,
+    /// What computes: auto takes the first GPU where there is one and this build has code for it [default: auto]
+    #[arg(long, global = true, env = "DORMOUSE_DEVICE", value_name = "auto|cpu|cuda:N|metal")]
+    pub device: Option<DeviceChoice>,
+    /// Most memory of a GPU that KV pages may take, of each model [default: what weights leave free, but for a part]
+    #[arg(long, global = true, env = "DORMOUSE_DEVICE_BUDGET", value_name = "SIZE")]
+    pub device_budget: Option<Bytes>,
     /// Positions a session may have [default: what the model was trained for]
     #[arg(long = "ctx", global = true, env = "DORMOUSE_CTX", value_name = "TOKENS", value_parser = at_least_one())]
     pub context: Option<usize>,
@@ -132,6 +139,8 @@ struct File {
     port: Option<u16>,
     data_dir: Option<PathBuf>,
     threads: Option<usize>,
+    device: Option<String>,
+    device_budget: Option<Bytes>,
     ctx: Option<usize>,
     kv_dtype: Option<String>,
     activations: Option<String>,
@@ -173,6 +182,8 @@ pub struct Config {
     pub port: u16,
     pub data_dir: PathBuf,
     pub threads: usize,
+    pub device: DeviceChoice,
+    pub device_budget: Option<Bytes>,
     pub context: Option<usize>,
     pub kv_dtype: KvDtype,
     pub activations: Precision,
@@ -265,6 +276,12 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         Some(dtype) => dtype,
         None => file.kv_dtype.map(parse_dtype).transpose()?.unwrap_or(KvDtype::F16),
     };
+    let parse_device =
+        |text: String| text.parse().map_err(|why| anyhow::anyhow!("the settings file's device: {why}"));
+    let device = match flags.device {
+        Some(device) => device,
+        None => file.device.map(parse_device).transpose()?.unwrap_or_default(),
+    };
     let parse_precision = |text: String| {
         let names = Precision::ALL.map(Precision::name).join(" or ");
         Precision::parse(&text)
@@ -303,6 +320,8 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
         data_dir: std::path::absolute(&data_dir)
             .with_context(|| format!("--data-dir {} is no usable path", data_dir.display()))?,
         threads,
+        device,
+        device_budget: flags.device_budget.or(file.device_budget),
         context: flags.context.or(file.ctx),
         kv_dtype,
         activations,

@@ -31,6 +31,8 @@ pub fn reload(old: &Config, new: Config, server: &Server, log: &Log) -> anyhow::
         ("port", old.port != new.port),
         ("data_dir", old.data_dir != new.data_dir),
         ("threads", old.threads != new.threads),
+        ("device", old.device != new.device),
+        ("device_budget", old.device_budget != new.device_budget),
         ("ctx", old.context != new.context),
         ("kv_dtype", old.kv_dtype != new.kv_dtype),
         ("activations", old.activations != new.activations),

@@ -194,6 +194,9 @@ pub enum EngineError {
     LeaseLost,
     #[error("{0}")]
     Storage(String),
+    /// What computes failed; the session holds its input and what was durable of its answer.
+    #[error("{0}")]
+    Device(String),
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
     /// As every turn that it had.

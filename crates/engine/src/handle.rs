@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use dormouse_grammar::{Compiler, Grammar, GrammarError, GrammarRequest};
 use dormouse_kernels::Cpu;
 use dormouse_kv::{Limits, PagePool, Realm};
-use dormouse_models::{Model, TokenId};
+use dormouse_models::{Backend, Model, TokenId};
 use dormouse_store::{Durability, Store};
 use tokio::sync::oneshot;
 
@@ -92,6 +92,8 @@ impl Engine {
         options: impl Into<EngineOptions>,
     ) -> std::io::Result<Engine> {
         let EngineOptions { drafts, reopen, stuck_after, faults } = options.into();
+        let backend = Backend::new(Arc::clone(model.weights()), *model.layout(), cpu);
+        let backend = backend.map_err(std::io::Error::other)?;
         let condition = Arc::new(Condition::new(stuck_after));
         let (line, inbox) = Line::new();
         let line = Arc::new(line);
@@ -116,7 +118,7 @@ impl Engine {
         let stats = EngineStats::default();
         let (outbox, post) = Outbox::new();
         tokio::spawn(post.deliver());
-        let parts = Parts { model, cpu, page_file, drafts, stats, limits: None, outbox, stopping: None };
+        let parts = Parts { model, backend, page_file, drafts, stats, limits: None, outbox, stopping: None };
         let worker = Worker::new(parts, pool, disk, inbox, condition, faults);
         std::thread::Builder::new()
             .name(format!("dormouse-engine-{name}"))

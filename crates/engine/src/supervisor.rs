@@ -122,7 +122,7 @@ impl Supervisor {
         self.condition.set_trouble(Some("the engine thread panicked and is being started again".into()));
         tracing::error!(model, "the engine thread panicked; its turns fail, and it is started again");
         let commands = self.line.renew();
-        let Parts { model: weights, cpu, page_file, drafts, stats, limits, outbox, stopping } =
+        let Parts { model: weights, backend, page_file, drafts, stats, limits, outbox, stopping } =
             broken.give_up();
         self.condition.engine.end();
         self.condition.disk.end();
@@ -152,7 +152,8 @@ impl Supervisor {
             pool.set_limits(limits);
         }
         let disk = self.disk_threads().map_err(down)?;
-        let parts = Parts { model: weights, cpu, page_file, drafts, stats, limits, outbox, stopping: None };
+        let parts =
+            Parts { model: weights, backend, page_file, drafts, stats, limits, outbox, stopping: None };
         let condition = Arc::clone(&self.condition);
         let next = Worker::new(parts, pool, disk, commands, condition, self.faults.clone());
         self.condition.restarts.fetch_add(1, Ordering::Relaxed);

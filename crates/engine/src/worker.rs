@@ -10,10 +10,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use dormouse_kernels::Cpu;
 use dormouse_kv::{BlockTable, Found, Limits, PagePool, Realm};
-use dormouse_models::decoder::Activations;
-use dormouse_models::{Model, TokenId};
+use dormouse_models::{Backend, Model, TokenId};
 use tokio::sync::oneshot;
 
 use crate::condition::{Condition, Work};
@@ -62,7 +60,7 @@ pub enum Command {
 /// Everything the loop owns. One thread, so nothing here needs a lock.
 pub struct Worker {
     model: Arc<Model>,
-    cpu: Cpu,
+    backend: Backend,
     pool: PagePool,
     page_file: i64,
     persister: Persister,
@@ -81,7 +79,7 @@ pub struct Worker {
 /// What of a worker outlives a panic.
 pub struct Parts {
     pub model: Arc<Model>,
-    pub cpu: Cpu,
+    pub backend: Backend,
     pub page_file: i64,
     pub drafts: DraftSource,
     pub stats: EngineStats,
@@ -112,9 +110,10 @@ struct State {
     cost: StepCost,
     pace: Pace,
     disk_pace: Pace,
+    /// The last step could not be computed, and health says so.
+    has_failed: bool,
     /// A piece of a prompt that is between two layers.
     chunk: Option<prompts::Chunk>,
-    work: Activations,
     stats: EngineStats,
     stopping: Option<oneshot::Sender<()>>,
 }
@@ -128,12 +127,12 @@ impl Worker {
         condition: Arc<Condition>,
         faults: Faults,
     ) -> Worker {
-        let Parts { model, cpu, page_file, drafts, stats, limits, outbox, stopping } = parts;
+        let Parts { model, backend, page_file, drafts, stats, limits, outbox, stopping } = parts;
         let state = State { stats, stopping, ..State::default() };
-        pool.set_cost_doubles_at(prompts::cost_doubles_at(model.decoder(), model.context()));
+        pool.set_cost_doubles_at(prompts::cost_doubles_at(model.config(), model.context()));
         Worker {
             model,
-            cpu,
+            backend,
             pool,
             page_file,
             persister,
@@ -166,17 +165,22 @@ impl Worker {
                 self.tell_listeners();
             }
             let step = self.schedule();
+            self.backend.forget(&self.pool.take_changed());
             if !step.is_empty() {
                 let begun = Instant::now();
                 let rows = step.iter().map(Slice::all_rows).sum();
                 self.condition.engine.begin(Work::Step { rows });
-                self.forward(&step);
-                self.faults.strike(self.state.stats.steps, &self.cpu);
-                self.sample(&step);
+                let computed = self.forward(&step);
+                self.faults.strike(self.state.stats.steps, self.backend.cpu());
+                if computed {
+                    self.sample(&step);
+                }
                 self.tell_listeners();
-                let took = begun.elapsed();
-                self.learn(&step, took);
-                self.measure_step(rows, took);
+                if computed {
+                    let took = begun.elapsed();
+                    self.learn(&step, took);
+                    self.measure_step(rows, took);
+                }
             }
             let persisted = self.persist();
             self.tell_listeners();
@@ -215,7 +219,7 @@ impl Worker {
     pub fn give_up(self) -> Parts {
         let Worker {
             model,
-            cpu,
+            mut backend,
             pool,
             page_file,
             persister,
@@ -246,7 +250,17 @@ impl Worker {
         }
         outbox.send();
         drop(pool);
-        Parts { model, cpu, page_file, drafts, stats: state.stats, limits, outbox, stopping: state.stopping }
+        backend.forget_all();
+        Parts {
+            model,
+            backend,
+            page_file,
+            drafts,
+            stats: state.stats,
+            limits,
+            outbox,
+            stopping: state.stopping,
+        }
     }
 
     /// Takes every command that is there. After a round without progress it sleeps for the next one: whatever the

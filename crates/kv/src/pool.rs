@@ -41,6 +41,9 @@ pub struct PagePool {
     /// Removals for the next commit.
     pub(crate) removals: Vec<RemovedPage>,
     pub(crate) in_flight: VecDeque<InFlight>,
+    /// Slots whose bytes changed otherwise than by a forward pass, or that nobody is about to read: what copies of them on a
+    /// device must go for.
+    pub(crate) changed: BTreeSet<u32>,
     /// Of live tables of sessions.
     pub(crate) table_claims: HashMap<TableId, TableClaim>,
     /// Sessions whose pages are the last to be evicted, with their leaves.
@@ -174,6 +177,7 @@ impl PagePool {
             removals: rebuilt.removed,
             in_flight: VecDeque::new(),
             table_claims: HashMap::new(),
+            changed: BTreeSet::new(),
             kept: HashMap::new(),
             cost_doubles_at: f64::INFINITY,
             poisoned: Arc::new(AtomicBool::new(false)),
@@ -292,6 +296,7 @@ impl PagePool {
         for slot in &slots {
             self.tree.node_mut(*slot).mapped = false;
         }
+        self.changed.extend(&slots);
         let ranges = self.file.ranges(slots);
         let before = resident_bytes(&ranges);
         let mut after = before;

@@ -36,6 +36,7 @@ impl PagePool {
         assert!(!self.tree.contains(slot) && !self.awaiting.contains_key(&slot));
         let new = self.free.insert(slot);
         assert!(new, "slot {slot} was free already");
+        self.changed.insert(slot);
     }
 
     fn make_room(&mut self, count: usize) -> Result<(), KvError> {

@@ -62,10 +62,20 @@ impl PagePool {
     /// the pool lives. Only positions that [`PagePool::reserve`] made writable for this table may be written.
     pub fn page_ptrs(&self, table: &BlockTable, pointers: &mut Vec<PagePtr>) {
         table.check();
+        pointers.extend(table.nodes.iter().chain(&table.blanks).map(|slot| self.page_ptr(*slot)));
+    }
+
+    fn page_ptr(&self, slot: u32) -> PagePtr {
         // SAFETY: a mapped slot holds `page_bytes` aligned bytes and never moves; positions that others may read are
         // never made writable for a table, and a table has one owner.
-        let pointer = |slot: &u32| unsafe { PagePtr::new(self.file.slot_ptr(*slot)) };
-        pointers.extend(table.nodes.iter().chain(&table.blanks).map(pointer));
+        unsafe { PagePtr::new(self.file.slot_ptr(slot)) }
+    }
+
+    /// The pages whose bytes changed since this was last asked, otherwise than by their table's owner, or that are parked or
+    /// free now: whoever keeps copies of pages lets go of theirs.
+    pub fn take_changed(&mut self) -> Vec<PagePtr> {
+        let changed = std::mem::take(&mut self.changed);
+        changed.into_iter().map(|slot| self.page_ptr(slot)).collect()
     }
 
     /// Makes positions `len..len + more` writable for this table alone. A last page that others may use, or that
@@ -107,6 +117,7 @@ impl PagePool {
         // SAFETY: both slots are mapped and different; `own` was free until now, so nobody else knows it, and the
         // positions `..used` of `shared` are held by a page and therefore never written.
         unsafe { bytes::copy_rows(self.file.layout(), from, to, used) };
+        self.changed.insert(own);
         let last_used = self.tick();
         let copy = self.tree.insert(own, place, tokens);
         (copy.verified, copy.mapped, copy.pins, copy.last_used) = (true, true, 1, last_used);
@@ -272,6 +283,7 @@ impl PagePool {
             // It is read, as if nobody had computed it; whatever is wrong shows there.
             return false;
         }
+        self.changed.insert(twin);
         let node = self.tree.node_mut(twin);
         (node.verified, node.mapped) = (true, true);
         true

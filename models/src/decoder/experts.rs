@@ -8,6 +8,7 @@ use dormouse_kernels::cpu::norm::add_scaled;
 use super::weights::Routed;
 use super::{GatedBuffers, gated};
 use crate::config::{Activation, Experts};
+use crate::pack::PackedWeights;
 
 /// The buffers of [`forward`], kept from one call to the next.
 #[derive(Default)]
@@ -33,7 +34,7 @@ struct Route {
 pub(super) fn forward(
     cpu: &Cpu,
     activation: Activation,
-    weights: &Routed,
+    weights: &Routed<PackedWeights>,
     x: &[f32],
     (work, buffers): (&mut ExpertBuffers, &mut GatedBuffers),
     out: &mut [f32],
@@ -66,7 +67,7 @@ pub(super) fn forward(
 
 /// Leaves in `chosen` the experts with the highest scores, equal ones by number, and their weights: the softmax over all
 /// experts.
-fn choose(config: &Experts, scores: &[f32], chosen: &mut Vec<(usize, f32)>) {
+pub(crate) fn choose(config: &Experts, scores: &[f32], chosen: &mut Vec<(usize, f32)>) {
     chosen.clear();
     chosen.extend(scores.iter().copied().enumerate());
     chosen.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));

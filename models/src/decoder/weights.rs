@@ -7,75 +7,125 @@ use crate::config::{Experts, ModelConfig, QkNorm, Role};
 use crate::pack::PackedWeights;
 use crate::weights::{Operand, Tensor, WeightSource};
 
-pub(super) struct Layer {
+/// Where weights go to be computed with: what a tensor of the file becomes there.
+pub(crate) trait Home {
+    type Matrix;
+    type Vector;
+
+    /// The matrix `name`, which is `tensor` in the file; None where the home lacks it.
+    fn matrix(&self, name: &str, tensor: &Tensor) -> Result<Option<Self::Matrix>, ModelError>;
+
+    /// Some of its rows as a matrix of their own.
+    fn rows(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        range: Range<usize>,
+    ) -> Result<Option<Self::Matrix>, ModelError>;
+
+    /// Norm weights and biases.
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, ModelError>;
+}
+
+/// The CPU's matrices are packed ones, and floats as they lie in the file.
+impl Home for PackedWeights {
+    type Matrix = Operand;
+    type Vector = Vec<f32>;
+
+    fn matrix(&self, name: &str, tensor: &Tensor) -> Result<Option<Operand>, ModelError> {
+        Ok(self.operand(name, tensor))
+    }
+
+    fn rows(&self, name: &str, tensor: &Tensor, range: Range<usize>) -> Result<Option<Operand>, ModelError> {
+        PackedWeights::rows(self, name, tensor, range)
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+        Ok(values)
+    }
+}
+
+pub(crate) struct Layer<H: Home> {
     /// Positions that attention sees; None: all.
     pub window: Option<usize>,
     /// Which of the decoder's rotations this layer's queries and keys take.
     pub rotation: Option<usize>,
-    pub attn_norm: Option<Vec<f32>>,
-    pub q: Projection,
-    pub k: Projection,
-    pub v: Projection,
-    pub q_norm: Option<Vec<f32>>,
-    pub k_norm: Option<Vec<f32>>,
-    pub attn_output: Projection,
-    pub attn_post_norm: Option<Vec<f32>>,
-    pub ffn_norm: Option<Vec<f32>>,
-    pub feed_forward: FeedForward,
-    pub ffn_post_norm: Option<Vec<f32>>,
+    pub attn_norm: Option<H::Vector>,
+    pub q: Projection<H>,
+    pub k: Projection<H>,
+    pub v: Projection<H>,
+    pub q_norm: Option<H::Vector>,
+    pub k_norm: Option<H::Vector>,
+    pub attn_output: Projection<H>,
+    pub attn_post_norm: Option<H::Vector>,
+    pub ffn_norm: Option<H::Vector>,
+    pub feed_forward: FeedForward<H>,
+    pub ffn_post_norm: Option<H::Vector>,
 }
 
 /// A matrix, and what is added to its product.
-pub(super) struct Projection {
-    pub weight: Operand,
-    pub bias: Option<Vec<f32>>,
+pub(crate) struct Projection<H: Home> {
+    pub weight: H::Matrix,
+    pub bias: Option<H::Vector>,
 }
 
-pub(super) enum FeedForward {
-    Dense(Gated),
-    Experts(Routed),
+pub(crate) enum FeedForward<H: Home> {
+    Dense(Gated<H>),
+    Experts(Routed<H>),
 }
 
 /// Experts, and what chooses among them.
-pub(super) struct Routed {
+pub(crate) struct Routed<H: Home> {
     pub settings: Experts,
     /// `[experts, d_model]`
-    pub router: Operand,
-    pub experts: Vec<Gated>,
+    pub router: H::Matrix,
+    pub experts: Vec<Gated<H>>,
 }
 
 /// `down · (activation(gate · x) ∘ (up · x))`
-pub(super) struct Gated {
-    pub gate: Operand,
-    pub up: Operand,
-    pub down: Operand,
+pub(crate) struct Gated<H: Home> {
+    pub gate: H::Matrix,
+    pub up: H::Matrix,
+    pub down: H::Matrix,
 }
 
 /// Looks tensors up by role.
-pub(super) struct Finder<'a> {
+pub(crate) struct Finder<'a, H: Home> {
     pub source: &'a dyn WeightSource,
-    /// The tiles of the same source.
-    pub packed: &'a PackedWeights,
+    /// Of the same source.
+    pub home: &'a H,
     pub config: &'a ModelConfig,
 }
 
-impl Finder<'_> {
+impl<H: Home> Finder<'_, H> {
     /// The tensor of this role as it lies in the file, which must have this shape.
     pub fn tensor(&self, layer: usize, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         self.named(&self.config.names.name(layer, role), rows, cols)
     }
 
     /// The same as a matrix to multiply with.
-    pub fn operand(&self, layer: usize, role: Role, rows: usize, cols: usize) -> Result<Operand, ModelError> {
+    pub fn matrix(
+        &self,
+        layer: usize,
+        role: Role,
+        rows: usize,
+        cols: usize,
+    ) -> Result<H::Matrix, ModelError> {
         let name = self.config.names.name(layer, role);
         let tensor = self.named(&name, rows, cols)?;
-        self.packed.operand(&name, &tensor).ok_or_else(|| self.not_packed(&name))
+        self.home.matrix(&name, &tensor)?.ok_or_else(|| self.not_packed(&name))
     }
 
     /// Some of the rows of a tensor `[rows, cols]`, as a matrix of their own.
-    fn part(&self, name: &str, rows: usize, cols: usize, range: Range<usize>) -> Result<Operand, ModelError> {
+    fn part(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        range: Range<usize>,
+    ) -> Result<H::Matrix, ModelError> {
         let tensor = self.named(name, rows, cols)?;
-        self.packed.rows(name, &tensor, range)?.ok_or_else(|| self.not_packed(name))
+        self.home.rows(name, &tensor, range)?.ok_or_else(|| self.not_packed(name))
     }
 
     fn not_packed(&self, name: &str) -> ModelError {
@@ -83,13 +133,24 @@ impl Finder<'_> {
     }
 
     /// The weights of a norm over `width` values.
-    pub fn norm(&self, layer: usize, role: Role, width: usize) -> Result<Vec<f32>, ModelError> {
+    pub fn norm(&self, layer: usize, role: Role, width: usize) -> Result<H::Vector, ModelError> {
         let mut weights = self.tensor(layer, role, 1, width)?.to_f32();
         weights.iter_mut().for_each(|weight| *weight += self.config.norm_offset);
-        Ok(weights)
+        self.home.vector(weights)
     }
 
-    pub fn layer(&self, layer: usize) -> Result<Layer, ModelError> {
+    /// The embedding, of which rows are looked up where the file is mapped.
+    pub fn embedding(&self) -> Result<Tensor, ModelError> {
+        self.tensor(0, Role::TokenEmbedding, self.config.vocab, self.config.d_model)
+    }
+
+    /// The matrix that logits come of.
+    pub fn output(&self) -> Result<H::Matrix, ModelError> {
+        let head = if self.config.tied_head { Role::TokenEmbedding } else { Role::Output };
+        self.matrix(0, head, self.config.vocab, self.config.d_model)
+    }
+
+    pub fn layer(&self, layer: usize) -> Result<Layer<H>, ModelError> {
         let config = self.config;
         let kind = config.layer_kinds[layer];
         let (d, hd) = (config.d_model, config.head_dim);
@@ -111,15 +172,15 @@ impl Finder<'_> {
             window: config.window(layer),
             rotation: kind.rotated.then_some(usize::from(kind.windowed && config.local_rope.is_some())),
             attn_norm: norm(config.pre_norms, Role::AttnNorm, d)?,
-            q: self.projection(layer, Role::AttnQ, q, config.qkv_bias)?,
-            k: self.projection(layer, Role::AttnK, k, config.qkv_bias)?,
-            v: self.projection(layer, Role::AttnV, v, config.qkv_bias)?,
+            q: self.projection(layer, Role::AttnQ, (q, q_width), config.qkv_bias)?,
+            k: self.projection(layer, Role::AttnK, (k, kv_width), config.qkv_bias)?,
+            v: self.projection(layer, Role::AttnV, (v, kv_width), config.qkv_bias)?,
             q_norm: norm(qk_norm, Role::AttnQNorm, q_norm_width)?,
             k_norm: norm(qk_norm, Role::AttnKNorm, k_norm_width)?,
             attn_output: self.projection(
                 layer,
                 Role::AttnOutput,
-                self.operand(layer, Role::AttnOutput, d, q_width)?,
+                (self.matrix(layer, Role::AttnOutput, d, q_width)?, d),
                 config.output_bias,
             )?,
             attn_post_norm: norm(config.post_norms, Role::AttnPostNorm, d)?,
@@ -129,19 +190,19 @@ impl Finder<'_> {
         })
     }
 
-    fn feed_forward(&self, layer: usize) -> Result<FeedForward, ModelError> {
+    fn feed_forward(&self, layer: usize) -> Result<FeedForward<H>, ModelError> {
         let config = self.config;
         let (d, ff) = (config.d_model, config.d_ff);
         let Some(experts) = config.experts.filter(|_| config.layer_kinds[layer].experts) else {
             let [gate, up] = self.parts(layer, Role::FfnGateUp, [(Role::FfnGate, ff), (Role::FfnUp, ff)])?;
-            let down = self.operand(layer, Role::FfnDown, d, ff)?;
+            let down = self.matrix(layer, Role::FfnDown, d, ff)?;
             return Ok(FeedForward::Dense(Gated { gate, up, down }));
         };
         let expert = |role: fn(usize) -> Role, index: usize, rows: usize, cols: usize| {
             let name = config.names.name(layer, role(index));
             // One tensor for all experts has one name for all.
             if name != config.names.name(layer, role(index + 1)) {
-                return self.operand(layer, role(index), rows, cols);
+                return self.matrix(layer, role(index), rows, cols);
             }
             self.part(&name, experts.count * rows, cols, index * rows..(index + 1) * rows)
         };
@@ -154,7 +215,7 @@ impl Finder<'_> {
         };
         Ok(FeedForward::Experts(Routed {
             settings: experts,
-            router: self.operand(layer, Role::Router, experts.count, d)?,
+            router: self.matrix(layer, Role::Router, experts.count, d)?,
             experts: (0..experts.count).map(gated).collect::<Result<_, ModelError>>()?,
         }))
     }
@@ -165,7 +226,7 @@ impl Finder<'_> {
         layer: usize,
         fused: Role,
         parts: [(Role, usize); N],
-    ) -> Result<[Operand; N], ModelError> {
+    ) -> Result<[H::Matrix; N], ModelError> {
         let d = self.config.d_model;
         let mut matrices = Vec::with_capacity(N);
         if self.config.fused {
@@ -178,7 +239,7 @@ impl Finder<'_> {
             }
         } else {
             for (role, rows) in parts {
-                matrices.push(self.operand(layer, role, rows, d)?);
+                matrices.push(self.matrix(layer, role, rows, d)?);
             }
         }
         // One matrix was pushed for each part.
@@ -191,14 +252,14 @@ impl Finder<'_> {
         &self,
         layer: usize,
         role: Role,
-        weight: Operand,
+        (weight, rows): (H::Matrix, usize),
         biased: bool,
-    ) -> Result<Projection, ModelError> {
-        let bias = match biased {
-            false => None,
-            true => Some(self.named(&self.config.names.bias(layer, role), 1, weight.rows)?.to_f32()),
+    ) -> Result<Projection<H>, ModelError> {
+        let bias = || {
+            let tensor = self.named(&self.config.names.bias(layer, role), 1, rows)?;
+            self.home.vector(tensor.to_f32())
         };
-        Ok(Projection { weight, bias })
+        Ok(Projection { weight, bias: biased.then(bias).transpose()? })
     }
 
     fn named(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {

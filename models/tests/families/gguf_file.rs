@@ -1,5 +1,8 @@
 //! Writes a tiny model as a GGUF file, the way converters do.
 
+// Each test binary uses a part of it.
+#![allow(dead_code)]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use dormouse_kernels::Cpu;
 use dormouse_models::likelihood::negative_log_likelihoods;
-use dormouse_models::{LoadOptions, Model, Specials, hash_weights};
+use dormouse_models::{DeviceChoice, LoadOptions, Model, Specials, hash_weights};
 use serde_json::json;
 
 use crate::assemble::pack_folders;
@@ -15,6 +15,9 @@ use crate::weights;
 pub async fn perplexity(config: &Config, arguments: &BenchPerplexityArguments, as_json: bool) -> Result<()> {
     let text = std::fs::read_to_string(&arguments.text)
         .with_context(|| format!("cannot read the text {}", arguments.text.display()))?;
+    if matches!(config.device, DeviceChoice::Cuda(_) | DeviceChoice::Metal) {
+        bail!("--device {}: perplexity is measured on the CPU alone", config.device);
+    }
     let files = weights::choose(config, false).await?;
     let file = files.into_iter().next().context("there is no model to measure")?;
     let cpu = Cpu::new(config.threads).map_err(anyhow::Error::msg)?.with_precision(config.activations);
@@ -28,6 +31,7 @@ pub async fn perplexity(config: &Config, arguments: &BenchPerplexityArguments, a
     };
     let model = Model::load(&file.path, options, &mut |_, _| {})?;
 
+    let decoder = model.weights().on_cpu().context("the model was loaded on another device")?;
     let tokenizer = model.tokenizer();
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let tokens = tokenizer.encode(&text, Specials::Literal, false)?;
@@ -40,7 +44,7 @@ pub async fn perplexity(config: &Config, arguments: &BenchPerplexityArguments, a
     for chunk in tokens.chunks(window) {
         let chunk: Vec<u32> = bos.into_iter().chain(chunk.iter().copied()).collect();
         // The first token of a chunk is not scored, with or without a beginning-of-sequence token before it.
-        let of_chunk = negative_log_likelihoods(model.decoder(), &cpu, config.kv_dtype, &chunk);
+        let of_chunk = negative_log_likelihoods(decoder, &cpu, config.kv_dtype, &chunk);
         costs.extend_from_slice(&of_chunk[bos.iter().len().min(of_chunk.len())..]);
         bar.inc(chunk.len() as u64);
     }

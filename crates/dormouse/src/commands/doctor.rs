@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use dormouse_kernels::{Cpu, Isa};
+use dormouse_models::Device;
+use dormouse_models::device::accelerators;
 use serde_json::{Map, Value, json};
 
 use crate::assemble::{self, assemble_pages};
@@ -62,7 +64,8 @@ pub async fn doctor(config: &Config, as_json: bool) -> Result<ExitCode> {
 
 fn look_at_machine(config: &Config, findings: &mut Findings) {
     findings.fact("version", env!("CARGO_PKG_VERSION"));
-    findings.fact("device", "cpu");
+    findings.fact("device", config.device.to_string());
+    look_at_devices(config, findings);
     findings.fact("processor", processor_name().unwrap_or_else(|| std::env::consts::ARCH.into()));
     let tiers: Vec<&str> = Isa::ALL.into_iter().filter(|isa| isa.available()).map(Isa::name).collect();
     findings.fact("isa_tiers", tiers);
@@ -82,6 +85,37 @@ fn look_at_machine(config: &Config, findings: &mut Findings) {
     let memory = rustix::system::sysinfo();
     findings.fact("memory", Bytes(memory.totalram as u64 * u64::from(memory.mem_unit)).to_string());
     findings.fact("memory_read_gb_per_s", round(measure_memory(config.threads)));
+}
+
+/// GPUs, and whether what the settings ask for is there.
+fn look_at_devices(config: &Config, findings: &mut Findings) {
+    let found = match accelerators() {
+        Ok(found) => found,
+        Err(why) => {
+            findings.fact("gpus", why);
+            Vec::new()
+        }
+    };
+    for gpu in found {
+        let gigabytes = |rate: f64| round(rate / 1e9);
+        let mut facts = json!({
+            "name": gpu.name,
+            "memory": Bytes(gpu.memory_bytes).to_string(),
+            "compute_capability": gpu.compute_capability,
+            "driver": gpu.driver,
+        });
+        match gpu.copies {
+            Ok((up, down)) => {
+                facts["to_device_gb_per_s"] = gigabytes(up).into();
+                facts["to_host_gb_per_s"] = gigabytes(down).into();
+            }
+            Err(why) => facts["unusable"] = why.into(),
+        }
+        findings.fact(&gpu.device, facts);
+    }
+    if let Err(error) = Device::open(config.device, None) {
+        findings.problem(error.to_string());
+    }
 }
 
 fn processor_name() -> Option<String> {

@@ -3,7 +3,6 @@
 use std::io::IsTerminal;
 
 use anyhow::{Context, Result};
-use dormouse_kernels::Isa;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::keys;
@@ -112,9 +111,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
                 model.kv_token_bytes()
             ),
         );
-        // The engine runs: the tier that the environment names, if any, is one of this machine's.
-        let tier = Isa::from_environment().unwrap_or_else(|_| Isa::best()).name();
-        line("device", format!("CPU, {tier}, {} threads ({})", config.threads, model.numerics()));
+        line("device", format!("{} ({})", running.device, model.numerics()));
         line("", format!("speculation {}", config.speculation.name()));
         let state = if pages.report.created { "new".into() } else { format!("{} pages", pages.report.pages) };
         line("pages", format!("{} ({state})", pages.path.display()));

@@ -100,9 +100,9 @@ impl Worker {
         if disk == 0.0 || prompts == 0.0 {
             return false;
         }
-        let (decoder, from) = (self.model.decoder(), pages.first() * PAGE_TOKENS);
+        let (config, from) = (self.model.config(), pages.first() * PAGE_TOKENS);
         let reading = pages.missing_bytes() as f64 / disk;
-        let computing = work(decoder, from, end - from, 0..decoder.config().layers) / prompts;
+        let computing = work(config, from, end - from, 0..config.layers) / prompts;
         // Where the two would meet.
         let computed = reading / (reading + computing);
         computed >= COMPUTED_LEAST && computed * pages.unread() as f64 >= 1.0

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use dormouse_kv::TableId;
-use dormouse_models::decoder::Decoder;
+use dormouse_models::ModelConfig;
 
 use super::Worker;
 use super::step::Slice;
@@ -83,7 +83,7 @@ impl Worker {
             }
             budget.spent += slice.work;
             budget.rows = budget.rows.saturating_sub(slice.rows);
-            if slice.is_chunk(self.model.decoder().config().layers) {
+            if slice.is_chunk(self.model.config().layers) {
                 chunk = Some(slice);
             } else {
                 step.push(slice);
@@ -105,8 +105,8 @@ impl Worker {
             return None;
         }
         // Before any prompt was seen: as fast as decoding, which is slower.
-        let decoder = self.model.decoder();
-        let as_decoded = decoding as f64 * work(decoder, 0, 1, 0..decoder.config().layers) / usual;
+        let config = self.model.config();
+        let as_decoded = decoding as f64 * work(config, 0, 1, 0..config.layers) / usual;
         let bearable = usual * if pace == 0.0 { as_decoded } else { pace };
         let (short, long) = (SHORT_SHARE * bearable, LONG_SHARE * bearable);
         Some(Budget { short, long, spent: 0.0, rows: STEP_ROWS_MOST - decoding.min(STEP_ROWS_MOST / 2) })
@@ -114,43 +114,44 @@ impl Worker {
 
     /// The rows of a turn's prompt that the budget allows, and the layers they go through. A step takes one chunk at most.
     fn prompt_slice(&self, turn: usize, beside: bool, budget: &Budget, has_chunk: bool) -> Option<Slice> {
-        let (state, decoder) = (&self.state, self.model.decoder());
-        let (index, turn, layers) = (turn, &state.running[turn], decoder.config().layers);
+        let (state, config) = (&self.state, self.model.config());
+        let (index, turn, layers) = (turn, &state.running[turn], config.layers);
         let (start, pending, unscored) = (turn.table.len(), turn.pending(), turn.unscored());
         let restored = turn.receipt.restored_tokens.min(start);
-        let whole = work(decoder, restored, turn.log.len() - restored, 0..layers);
+        let whole = work(config, restored, turn.log.len() - restored, 0..layers);
         let is_short = whole <= state.pace.per_second() * STEP_SECONDS;
         let left = if is_short { budget.short } else { budget.long } - budget.spent;
         if budget.rows == 0 || left <= 0.0 && beside {
             return None;
         }
         let most = if unscored > 0 { SCORED_ROWS_MOST } else { usize::MAX }.min(pending).min(budget.rows);
-        let fit = (left / work(decoder, start, 1, 0..layers)) as usize;
+        let fit = (left / work(config, start, 1, 0..layers)) as usize;
         let (rows, layers) = match &state.chunk {
             Some(chunk) if chunk.belongs_to(turn) => {
-                let end = if beside { layers_within(decoder, chunk, left) } else { layers };
+                let end = if beside { layers_within(config, chunk, left) } else { layers };
                 (chunk.rows, chunk.layers..end)
             }
             _ if !beside && budget.spent == 0.0 => (fit.max(STEP_ROWS_LEAST).min(most), 0..layers),
             _ if fit >= most.min(CHUNK_ROWS) || fit > 0 && unscored > 0 => (fit.min(most), 0..layers),
             _ if unscored > 0 => (1, 0..layers),
+            _ if beside && !self.backend.takes_chunks() => (STEP_ROWS_LEAST.min(most), 0..layers),
             _ if !beside || has_chunk || state.chunk.is_some() => return None,
             _ => {
-                let rows = (left / work(decoder, start, 1, 0..1)) as usize;
+                let rows = (left / work(config, start, 1, 0..1)) as usize;
                 let rows = rows.clamp(1, most.min(CHUNK_ROWS));
                 let begun = Chunk { table: turn.table.id(), start, rows, layers: 0, hidden: Vec::new() };
-                (rows, 0..layers_within(decoder, &begun, left))
+                (rows, 0..layers_within(config, &begun, left))
             }
         };
-        let samples = rows == pending && layers.end == decoder.config().layers && turn.spec.max_tokens > 0;
-        let work = work(decoder, start, rows, layers.clone());
+        let samples = rows == pending && layers.end == config.layers && turn.spec.max_tokens > 0;
+        let work = work(config, start, rows, layers.clone());
         Some(Slice { turn: index, rows, draft: 0, scored: unscored.min(rows), samples, layers, work })
     }
 
     /// The rows that a step without end would have: those that guesses may take are a part of it.
     pub(super) fn rows_of_a_step(&self) -> usize {
-        let decoder = self.model.decoder();
-        let row = work(decoder, 0, 1, 0..decoder.config().layers);
+        let config = self.model.config();
+        let row = work(config, 0, 1, 0..config.layers);
         ((self.state.pace.per_second() * STEP_SECONDS / row) as usize).clamp(STEP_ROWS_LEAST, STEP_ROWS_MOST)
     }
 
@@ -158,32 +159,32 @@ impl Worker {
     pub(super) fn keep_chunk(&mut self, slice: &Slice, hidden: Vec<f32>) {
         let turn = &self.state.running[slice.turn];
         let (table, start) = (turn.table.id(), turn.table.len());
-        let is_open = slice.layers.end < self.model.decoder().config().layers;
+        let is_open = slice.layers.end < self.model.config().layers;
         let chunk = Chunk { table, start, rows: slice.rows, layers: slice.layers.end, hidden };
         self.state.chunk = is_open.then_some(chunk);
     }
 }
 
 /// What rows from `start` on cost in some layers.
-pub(super) fn work(decoder: &Decoder, start: usize, rows: usize, layers: Range<usize>) -> f64 {
-    layers.map(|layer| decoder.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
+pub(super) fn work(config: &ModelConfig, start: usize, rows: usize, layers: Range<usize>) -> f64 {
+    layers.map(|layer| config.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
 }
 
 /// The position at which a token costs twice what the first one does, if its cost grew from there to the context's end evenly: with
 /// windows it grows at first and then no more.
-pub(super) fn cost_doubles_at(decoder: &Decoder, context: usize) -> f64 {
-    let layers = 0..decoder.config().layers;
-    let cost = |position: usize| work(decoder, position, 1, layers.clone());
+pub(super) fn cost_doubles_at(config: &ModelConfig, context: usize) -> f64 {
+    let layers = 0..config.layers;
+    let cost = |position: usize| work(config, position, 1, layers.clone());
     let (first, last) = (cost(0), cost(context - 1));
     first * context as f64 / (last - first)
 }
 
 /// Where a chunk is after the layers that the budget allows: at least one.
-fn layers_within(decoder: &Decoder, chunk: &Chunk, budget: f64) -> usize {
+fn layers_within(config: &ModelConfig, chunk: &Chunk, budget: f64) -> usize {
     let (first, mut spent) = (chunk.layers, 0.0);
     let fits = |layer: &usize| {
-        spent += work(decoder, chunk.start, chunk.rows, *layer..*layer + 1);
+        spent += work(config, chunk.start, chunk.rows, *layer..*layer + 1);
         *layer == first || spent <= budget
     };
-    first + (first..decoder.config().layers).take_while(fits).count()
+    first + (first..config.layers).take_while(fits).count()
 }

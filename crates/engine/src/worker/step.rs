@@ -60,7 +60,7 @@ impl Worker {
         for index in 0..count {
             let turn = &self.state.running[index];
             if !turn.gives_up_pages() && turn.pending() == 1 && self.reserve(index, 1) {
-                let layers = 0..self.model.decoder().config().layers;
+                let layers = 0..self.model.config().layers;
                 step.push(Slice {
                     turn: index,
                     rows: 1,
@@ -113,6 +113,11 @@ impl Worker {
 
     /// Room for `rows` more positions of a turn. False when it must wait, or has failed.
     pub(super) fn reserve(&mut self, index: usize, rows: usize) -> bool {
+        let pages = (self.state.running[index].table.len() + rows).div_ceil(PAGE_TOKENS);
+        if let Err(error) = self.backend.check_room(pages) {
+            self.state.running[index].end(Ending::Fail(EngineError::Device(error.to_string())));
+            return false;
+        }
         let error = match self.pool.reserve(&mut self.state.running[index].table, rows) {
             Ok(()) => return true,
             Err(error) => error,
@@ -146,8 +151,8 @@ impl Worker {
         false
     }
 
-    /// Computes the step's rows in one pass over the weights.
-    pub(super) fn forward(&mut self, step: &[Slice]) {
+    /// Computes the step's rows in one pass over the weights. False where that failed, and the step's turns with it.
+    pub(super) fn forward(&mut self, step: &[Slice]) -> bool {
         let state = &mut self.state;
         let mut tokens = Vec::new();
         let mut pages: Vec<PagePtr> = Vec::new();
@@ -173,30 +178,39 @@ impl Worker {
             })
             .collect();
         let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
-        let (decoder, layout) = (self.model.decoder(), self.model.layout());
-        let layers = decoder.config().layers;
+        let layers = self.model.config().layers;
         state.stats.steps += 1;
         let computed = step.iter().filter(|slice| slice.layers.end == layers);
         let prompt_rows: usize = computed.map(|slice| slice.all_rows() - slice.sampled_rows()).sum();
         state.stats.prompt_tokens_computed += prompt_rows as u64;
-        match step.last().filter(|slice| slice.is_chunk(layers)) {
-            None => decoder.forward(&self.cpu, layout, &batch, &mut state.work),
-            Some(slice) => {
-                let mut hidden = state.chunk.take().map_or_else(Vec::new, |chunk| chunk.hidden);
-                let chunk = Chunk { layers: slice.layers.clone(), hidden: &mut hidden };
-                decoder.forward_with_chunk(&self.cpu, layout, &batch, chunk, &mut state.work);
-                self.keep_chunk(slice, hidden);
+        let begun = step.last().filter(|slice| slice.is_chunk(layers));
+        let mut hidden = state.chunk.take_if(|_| begun.is_some()).map_or_else(Vec::new, |chunk| chunk.hidden);
+        let chunk = begun.map(|slice| Chunk { layers: slice.layers.clone(), hidden: &mut hidden });
+        if let Err(error) = self.backend.forward(&batch, chunk) {
+            tracing::error!(%error, "a step could not be computed");
+            state.has_failed |= self.condition.complain(&error.to_string());
+            for slice in step {
+                let failure = EngineError::Device(error.to_string());
+                state.running[slice.turn].end(Ending::Fail(failure));
             }
+            return false;
         }
+        if std::mem::take(&mut state.has_failed) {
+            self.condition.set_trouble(None);
+        }
+        if let Some(slice) = begun {
+            self.keep_chunk(slice, hidden);
+        }
+        true
     }
 
     /// Chooses and publishes the next token of every turn whose last token was computed, and as many more as it had
     /// guessed right. Only then the rows that hold what the log says become part of the turn's pages.
     pub(super) fn sample(&mut self, step: &[Slice]) {
         let state = &mut self.state;
-        let vocab = self.model.decoder().config().vocab;
-        let layers = self.model.decoder().config().layers;
-        let mut logits = state.work.logits_mut();
+        let vocab = self.model.config().vocab;
+        let layers = self.model.config().layers;
+        let mut logits = self.backend.logits_mut();
         for slice in step.iter().filter(|slice| slice.layers.end == layers) {
             let turn = &mut state.running[slice.turn];
             let (own, others) = logits.split_at_mut(slice.logit_rows() * vocab);

@@ -13,7 +13,7 @@ use dormouse_kernels::{Cpu, KvDtype, PAGE_TOKENS};
 use dormouse_kv::{Identity, Limits, PagePool};
 use dormouse_models::model::LoadOptions;
 use dormouse_models::tokenizer::Specials;
-use dormouse_models::{Model, TokenId, Tokenizer};
+use dormouse_models::{Device, Model, TokenId, Tokenizer};
 use dormouse_store::{BeginTurn, Durability, FinishTurn, NewSession, PageRow, SessionRow, Store};
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -33,16 +33,21 @@ fn model(context: usize) -> Arc<Model> {
     if let Some(model) = loaded.iter().find(|model| model.context() == context) {
         return Arc::clone(model);
     }
+    loaded.push(model_on(&Device::Cpu, context, KvDtype::F16));
+    Arc::clone(loaded.last().unwrap())
+}
+
+/// The model loaded anew, for a device.
+pub fn model_on(device: &Device, context: usize, kv_dtype: KvDtype) -> Arc<Model> {
     let options = LoadOptions {
         name: "smollm2".into(),
         context: Some(context),
-        kv_dtype: KvDtype::F16,
+        kv_dtype,
         weights_hash: [1; 32],
-        device_numerics: Cpu::new(1).unwrap().numerics(),
+        device_numerics: device.numerics(&Cpu::new(1).unwrap()),
         pack_folders: Vec::new(),
     };
-    loaded.push(Arc::new(Model::load(&model_path(), options, &mut |_, _| {}).unwrap()));
-    Arc::clone(loaded.last().unwrap())
+    Arc::new(Model::load_on(device, &model_path(), options, &mut |_, _| {}).unwrap())
 }
 
 pub const CONTEXT: usize = 2048;
@@ -176,9 +181,19 @@ impl Rig {
         context: usize,
         quota_bytes: u64,
     ) -> Rig {
+        Rig::over(directory, options, model(context), quota_bytes)
+    }
+
+    /// Of this model.
+    pub fn over(
+        directory: tempfile::TempDir,
+        options: impl Into<EngineOptions>,
+        model: Arc<Model>,
+        quota_bytes: u64,
+    ) -> Rig {
         let durability = Durability::Process;
         let store = Store::open(directory.path(), durability).unwrap();
-        let (cpu, model) = (Cpu::new(2).unwrap(), model(context));
+        let cpu = Cpu::new(2).unwrap();
         let identity = Identity { fingerprint: model.fingerprint(), tenant_salt: [7; 32] };
         let path = directory.path().join("test.pages");
         let name = Path::new("test.pages");

@@ -1,0 +1,132 @@
+//! The engine over a CUDA device: whatever happens to device memory and to the process, sessions go on with the same tokens.
+//! Needs a device, or the emulated one that `scripts/check_cuda` brings, with a model small enough for it.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use dormouse_engine::EngineError;
+use dormouse_kernels::KvDtype;
+use dormouse_kv::Realm;
+use dormouse_models::{Device, DeviceChoice, Model};
+
+/// The model on the device, whose pages may take the room of so many.
+fn on_device(pages: Option<u64>, kv_dtype: KvDtype) -> Arc<Model> {
+    let open = |budget_bytes| {
+        let opened = Device::open(DeviceChoice::Cuda(0), budget_bytes);
+        let (device, _) =
+            opened.unwrap_or_else(|error| panic!("{error}; scripts/check_cuda runs this without a device"));
+        model_on(&device, CONTEXT, kv_dtype)
+    };
+    match pages {
+        None => open(None),
+        Some(pages) => open(Some(pages * open(None).layout().page_bytes() as u64)),
+    }
+}
+
+fn rig(directory: tempfile::TempDir, model: &Arc<Model>) -> Rig {
+    Rig::over(directory, PLAIN, Arc::clone(model), 1 << 30)
+}
+
+fn new_rig(model: &Arc<Model>) -> Rig {
+    rig(tempfile::tempdir().unwrap(), model)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_stopped_or_was_killed_in_mid_answer_goes_on_with_the_same_tokens() {
+    for kv_dtype in [KvDtype::F16, KvDtype::Q8_0] {
+        let model = on_device(None, kv_dtype);
+        let (prompt, ask) = (prose(1, 100), greedy(36));
+        let (expected, _) = new_rig(&model).answer("s", &prompt, &ask).await;
+        assert_eq!(expected.tokens.len(), 36);
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_owned();
+        let first = rig(directory, &model);
+        first.create("s").await;
+        let mut running = first.begin("s", 0, &prompt, &ask).await;
+        let turn = running.id.clone();
+        while running.said() < 28 {
+            running.next().await;
+        }
+        let killed = copy(&path);
+        first.engine.shutdown().await;
+        assert!(matches!(first.failure(running).await, EngineError::Stopped));
+        let stopped = copy(&path);
+        drop(first);
+
+        for (directory, most_recomputed) in [(killed, 64), (stopped, 0)] {
+            let again = rig(directory, &model);
+            let running = again.go_on("s", &turn, prompt.len(), &ask).await;
+            let (answer, receipt) = again.finish(running).await;
+            assert_eq!(answer.tokens, expected.tokens, "{kv_dtype:?}");
+            assert_eq!(answer.texts, expected.texts);
+            assert!(
+                receipt.restored_tokens >= 64 && receipt.recomputed_tokens <= most_recomputed,
+                "{receipt:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_outgrow_the_device_together_say_what_each_says_alone() {
+    let plenty = on_device(None, KvDtype::F16);
+    let alone = new_rig(&plenty);
+    let mut expected = Vec::new();
+    for n in 0..4 {
+        expected.push(alone.answer(&format!("s{n}"), &prose(n, 70 + 20 * n), &greedy(6)).await.0.tokens);
+    }
+    // Three pages: the longest session's, and never two sessions'.
+    let rig = new_rig(&on_device(Some(3), KvDtype::F16));
+    let mut running = Vec::new();
+    for n in 0..4 {
+        let session = format!("s{n}");
+        rig.create(&session).await;
+        running.push(rig.begin(&session, 0, &prose(n, 70 + 20 * n), &greedy(6)).await);
+    }
+    for (turn, expected) in running.into_iter().zip(&expected) {
+        assert_eq!(&rig.finish(turn).await.0.tokens, expected);
+    }
+    assert_eq!(rig.pages(), alone.pages(), "and their pages hold the same bytes");
+}
+
+/// Copies on write, rewound and parked pages, and slots that are used again.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_change_behind_the_devices_back_are_read_again() {
+    let model = on_device(None, KvDtype::F16);
+    let (rig, fresh) = (new_rig(&model), new_rig(&model));
+    let prompt = prose(3, 90);
+    rig.answer("s", &prompt, &greedy(5)).await;
+    // Others that begin alike, in the middle of a page.
+    for (name, keep) in [("fork", 80), ("other", 30)] {
+        let input = [&prompt[..keep], &prose(4, 40)].concat();
+        let (got, _) = rig.answer(name, &input, &greedy(5)).await;
+        let (expected, _) = fresh.answer(name, &input, &greedy(5)).await;
+        assert_eq!(got.tokens, expected.tokens, "{name}");
+    }
+    let log = rig.store.token_log("s").await.unwrap();
+    rig.engine.park(Realm::default(), log.clone()).await.unwrap();
+    let turn = rig.begin("s", 70, &prose(5, 30), &greedy(5)).await;
+    let (got, receipt) = rig.finish(turn).await;
+    assert!(receipt.restored_tokens >= 64, "{receipt:?}");
+    let input = [&log[..70], &prose(5, 30)].concat();
+    assert_eq!(got.tokens, fresh.answer("s", &input, &greedy(5)).await.0.tokens, "rewound");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_that_the_device_cannot_hold_fails_with_what_to_do_and_those_beside_it_go_on() {
+    let rig = new_rig(&on_device(Some(1), KvDtype::F16));
+    rig.create("long").await;
+    rig.create("short").await;
+    // It outgrows the device while both decode.
+    let long = rig.begin("long", 0, &prose(1, 60), &greedy(9)).await;
+    let short = rig.begin("short", 0, &prose(2, 30), &greedy(9)).await;
+    let error = rig.failure(long).await;
+    assert!(matches!(&error, EngineError::Device(why) if why.contains("--device-budget")), "{error}");
+    assert_eq!(rig.finish(short).await.0.tokens.len(), 9);
+}

@@ -1,0 +1,410 @@
+//! One pass over the layers, as [`crate::decoder::Decoder`] makes it.
+
+use std::sync::Arc;
+
+use dormouse_kernels::cpu::attention::Attention;
+use dormouse_kernels::cuda::{
+    Append, Attend, CudaError, DeviceBuffer, Gpu, Rotation, Span, Tile, store_rows, tiles,
+};
+use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
+
+use super::inputs::{Input, Inputs};
+use super::weights::OnDevice;
+use super::{State, Weights, experts};
+use crate::config::{Activation, ModelConfig};
+use crate::decoder::weights::{FeedForward, Gated, Layer, Projection};
+use crate::decoder::{Batch, embed};
+
+/// The device's buffers, which grow to the largest pass.
+pub(super) struct Buffers {
+    normed: DeviceBuffer<f32>,
+    q: DeviceBuffer<f32>,
+    k: DeviceBuffer<f32>,
+    v: DeviceBuffer<f32>,
+    attended: DeviceBuffer<f32>,
+    partials: DeviceBuffer<f32>,
+    /// What a block adds to the residual stream.
+    delta: DeviceBuffer<f32>,
+    gate: DeviceBuffer<f32>,
+    up: DeviceBuffer<f32>,
+    logits: DeviceBuffer<f32>,
+    /// Rows of keys and values for the host, `[layers, rows, {K, V}, kv_heads, row_bytes]`.
+    down: DeviceBuffer<u8>,
+    pub experts: experts::Buffers,
+}
+
+impl Buffers {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Buffers, CudaError> {
+        let none = || DeviceBuffer::new(gpu, 0, "activations");
+        Ok(Buffers {
+            normed: none()?,
+            q: none()?,
+            k: none()?,
+            v: none()?,
+            attended: none()?,
+            partials: none()?,
+            delta: none()?,
+            gate: none()?,
+            up: none()?,
+            logits: none()?,
+            down: DeviceBuffer::new(gpu, 0, "activations")?,
+            experts: experts::Buffers::new(gpu)?,
+        })
+    }
+
+    /// Room for a pass over `rows` rows.
+    fn grow(
+        &mut self,
+        config: &ModelConfig,
+        layout: &PageLayout,
+        rows: usize,
+        logit_rows: usize,
+        partials: usize,
+    ) -> Result<(), CudaError> {
+        const WHAT: &str = "activations";
+        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let wide = rows * config.d_ff.max(config.experts.map_or(0, |experts| experts.d_ff));
+        let hidden = rows.max(logit_rows) * config.d_model;
+        for (buffer, len) in [
+            (&mut self.normed, hidden),
+            (&mut self.delta, hidden),
+            (&mut self.q, rows * q_width),
+            (&mut self.attended, rows * q_width),
+            (&mut self.k, rows * kv_width),
+            (&mut self.v, rows * kv_width),
+            (&mut self.gate, wide),
+            (&mut self.up, wide),
+            (&mut self.logits, logit_rows * config.vocab),
+            (&mut self.partials, partials),
+        ] {
+            buffer.grow(len, WHAT)?;
+        }
+        self.down.grow(rows * layout.token_bytes(), WHAT)?;
+        config.experts.map_or(Ok(()), |experts| self.experts.grow(&experts, rows, config.d_model))
+    }
+}
+
+/// A pass over the rows of a batch, and where its inputs are on the device.
+struct Pass<'a> {
+    gpu: &'a Gpu,
+    config: &'a ModelConfig,
+    layout: &'a PageLayout,
+    rows: usize,
+    /// Segments of the longest sequence, and what their partial results take where they are computed apart.
+    segments: usize,
+    partials: usize,
+    /// The residual stream, `[rows, d_model]`.
+    x: Span<'a, f32>,
+    /// Of each rotation, `[rows, rope dims / 2]`.
+    angles: Vec<(Span<'a, f32>, Span<'a, f32>)>,
+    /// Of all sequences, one after the other.
+    pages: Span<'a, u64>,
+    tiles: Span<'a, Tile>,
+    /// Of each row: its position, its page, and its place there.
+    positions: Span<'a, u32>,
+    row_pages: Span<'a, u64>,
+    row_places: Span<'a, u32>,
+    /// Of each row, the factor on its queries.
+    warmth: Option<Span<'a, f32>>,
+    logit_rows: Span<'a, u32>,
+}
+
+/// The inputs of a pass, before they are on the device.
+struct Gathered {
+    x: Input<f32>,
+    angles: Vec<(Input<f32>, Input<f32>)>,
+    pages: Input<u64>,
+    tiles: Input<Tile>,
+    positions: Input<u32>,
+    row_pages: Input<u64>,
+    row_places: Input<u32>,
+    warmth: Option<Input<f32>>,
+    logit_rows: Input<u32>,
+    segments: usize,
+}
+
+impl Gathered {
+    fn new(
+        inputs: &mut Inputs,
+        weights: &Weights,
+        config: &ModelConfig,
+        batch: &Batch<'_>,
+        pages: &[u64],
+    ) -> Gathered {
+        inputs.clear();
+        let rows = batch.tokens.len();
+        let mut x = vec![0.0; rows * config.d_model];
+        embed(config, &weights.embedding, batch.tokens, &mut x);
+        let (mut positions, mut row_pages, mut row_places) = (Vec::new(), Vec::new(), Vec::new());
+        let mut table = 0;
+        for sequence in batch.sequences {
+            assert_eq!(sequence.first_row, positions.len(), "sequences follow one another");
+            for position in sequence.start..sequence.start + sequence.rows {
+                positions.push(position as u32);
+                row_pages.push(pages[table + position / PAGE_TOKENS]);
+                row_places.push((position % PAGE_TOKENS) as u32);
+            }
+            table += sequence.pages.len();
+        }
+        assert_eq!((positions.len(), table), (rows, pages.len()), "sequences cover all rows");
+        let pairs = config.rope.dims / 2;
+        let angles = |rotation: &crate::decoder::Rotation| {
+            let (mut cos, mut sin) = (vec![0.0; rows * pairs], vec![0.0; rows * pairs]);
+            for (row, position) in positions.iter().enumerate() {
+                let values = row * pairs..(row + 1) * pairs;
+                rotation.angles(*position as usize, &mut cos[values.clone()], &mut sin[values]);
+            }
+            (cos, sin)
+        };
+        let angles: Vec<_> = weights.rotations.iter().map(angles).collect();
+        let warmth = config.attention_temperature.map(|temperature| {
+            positions.iter().map(|position| temperature.factor(*position as usize)).collect::<Vec<f32>>()
+        });
+        let (tiles, segments) = tiles(batch.sequences, config.heads / config.kv_heads);
+        let logit_rows: Vec<u32> = batch.logit_rows.iter().map(|row| *row as u32).collect();
+        Gathered {
+            x: inputs.add(&x),
+            angles: angles.iter().map(|(cos, sin)| (inputs.add(cos), inputs.add(sin))).collect(),
+            pages: inputs.add(pages),
+            tiles: inputs.add(&tiles),
+            positions: inputs.add(&positions),
+            row_pages: inputs.add(&row_pages),
+            row_places: inputs.add(&row_places),
+            warmth: warmth.map(|factors| inputs.add(&factors)),
+            logit_rows: inputs.add(&logit_rows),
+            segments,
+        }
+    }
+}
+
+impl State {
+    /// Computes `batch`, whose pages fit on the device together; appends to `self.logits`.
+    pub(super) fn pass(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
+        let (gpu, config) = (weights.gpu().as_ref(), weights.config());
+        let (layout, rows) = (self.layout, batch.tokens.len());
+        if rows == 0 {
+            return Ok(());
+        }
+        gpu.enter()?;
+        let pages = self.pages.bring(batch.sequences)?;
+        let gathered = Gathered::new(&mut self.inputs, weights, config, batch, &pages);
+        self.inputs.send(gpu)?;
+        let inputs = &self.inputs;
+        let (segments, tiles) = (gathered.segments, inputs.span(gathered.tiles));
+        let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
+        let wanted = batch.logit_rows.len();
+        self.buffers.grow(config, &layout, rows, wanted, partials)?;
+        let pass = Pass {
+            gpu,
+            config,
+            layout: &layout,
+            rows,
+            segments,
+            partials,
+            x: inputs.span(gathered.x),
+            angles: gathered.angles.iter().map(|(cos, sin)| (inputs.span(*cos), inputs.span(*sin))).collect(),
+            pages: inputs.span(gathered.pages),
+            tiles,
+            positions: inputs.span(gathered.positions),
+            row_pages: inputs.span(gathered.row_pages),
+            row_places: inputs.span(gathered.row_places),
+            warmth: gathered.warmth.map(|factors| inputs.span(factors)),
+            logit_rows: inputs.span(gathered.logit_rows),
+        };
+        let layer_down = rows * layout.token_bytes() / layout.layers;
+        for (index, layer) in weights.layers.iter().enumerate() {
+            let down = self.buffers.down.span().part(index * layer_down..(index + 1) * layer_down);
+            pass.attention(index, layer, &self.buffers, down)?;
+            pass.feed_forward(layer, &self.buffers, &mut self.routing)?;
+        }
+        pass.logits(weights, &self.buffers)?;
+
+        let (logits, down) = (wanted * config.vocab, rows * layout.token_bytes());
+        self.logits_out.grow(logits)?;
+        self.rows_out.grow(down)?;
+        // SAFETY: both are waited for before anybody looks at them.
+        unsafe {
+            self.buffers.logits.first(logits).copy_out(gpu, &mut self.logits_out)?;
+            self.buffers.down.first(down).copy_out(gpu, &mut self.rows_out)?;
+        }
+        gpu.wait()?;
+        self.logits.extend_from_slice(&self.logits_out.as_slice()[..logits]);
+        let down = self.rows_out.as_slice();
+        cpu.pool.run(layout.layers, &|layer| {
+            let rows = &down[layer * layer_down..(layer + 1) * layer_down];
+            store_rows(&layout, layer, batch.sequences, rows);
+        });
+        self.pages.wrote(batch.sequences);
+        Ok(())
+    }
+}
+
+impl Pass<'_> {
+    /// Norm, projections, rotation, append to the pages, attend, project back, norm, add.
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer<OnDevice>,
+        buffers: &Buffers,
+        down: Span<'_, u8>,
+    ) -> Result<(), CudaError> {
+        let (gpu, config, rows) = (self.gpu, self.config, self.rows);
+        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let (q, k, v) = (
+            buffers.q.first(rows * q_width),
+            buffers.k.first(rows * kv_width),
+            buffers.v.first(rows * kv_width),
+        );
+        let input = self.normed(self.x, &layer.attn_norm, buffers)?;
+        for (projection, out) in [(&layer.q, q), (&layer.k, k), (&layer.v, v)] {
+            self.project(projection, input, out)?;
+        }
+        for (norm, out) in [(&layer.q_norm, q), (&layer.k_norm, k)] {
+            if let Some(weight) = norm {
+                gpu.rms_norm(out, weight.span(), config.norm_eps, out)?;
+            }
+        }
+        if let Some(rotation) = layer.rotation {
+            let (cos, sin) = self.angles[rotation];
+            let (head_dim, pairs) = (config.head_dim, config.rope.dims / 2);
+            let rotation = Rotation { kind: config.rope.kind, head_dim, pairs, cos, sin };
+            gpu.rotate(q, rotation)?;
+            gpu.rotate(k, rotation)?;
+        }
+        if let Some(factors) = self.warmth {
+            gpu.scale_rows(q, factors)?;
+        }
+        let attended = buffers.attended.first(rows * q_width);
+        let append = Append {
+            layout: self.layout,
+            layer: index,
+            k,
+            v,
+            pages: self.row_pages,
+            places: self.row_places,
+            down,
+        };
+        let attend = Attend {
+            attention: Attention {
+                layout: *self.layout,
+                layer: index,
+                heads: config.heads,
+                scale: config.attention_scale,
+                window: layer.window,
+                soft_cap: config.attention_soft_cap,
+            },
+            q,
+            out: attended,
+            tiles: self.tiles,
+            pages: self.pages,
+            positions: self.positions,
+            segments: self.segments,
+            partials: buffers.partials.first(self.partials),
+        };
+        // SAFETY: the page cache holds every page of the batch's sequences up to their last rows; rows, tiles and pages are of
+        // the same batch, and this layer's rows are appended before they are attended.
+        unsafe {
+            gpu.append_kv(&append)?;
+            gpu.attend(&attend)?;
+        }
+        let delta = buffers.delta.first(rows * config.d_model);
+        self.project(&layer.attn_output, attended, delta)?;
+        self.add_block(delta, &layer.attn_post_norm, buffers)
+    }
+
+    /// Norm, gate and up, activation, down, norm, add; with experts, by those that each row is routed to.
+    fn feed_forward(
+        &self,
+        layer: &Layer<OnDevice>,
+        buffers: &Buffers,
+        routing: &mut experts::Routing,
+    ) -> Result<(), CudaError> {
+        let input = self.normed(self.x, &layer.ffn_norm, buffers)?;
+        let delta = buffers.delta.first(self.rows * self.config.d_model);
+        match &layer.feed_forward {
+            FeedForward::Dense(weights) => {
+                gated(self.gpu, self.config.activation, weights, input, buffers, delta)?;
+            }
+            FeedForward::Experts(weights) => {
+                experts::forward(
+                    self.gpu,
+                    self.config.activation,
+                    weights,
+                    input,
+                    (buffers, routing),
+                    delta,
+                )?;
+            }
+        }
+        self.add_block(delta, &layer.ffn_post_norm, buffers)
+    }
+
+    /// Logits of the rows that ask for them.
+    fn logits(&self, weights: &Weights, buffers: &Buffers) -> Result<(), CudaError> {
+        let (gpu, config, wanted) = (self.gpu, self.config, self.logit_rows.len());
+        let hidden = buffers.delta.first(wanted * config.d_model);
+        let normed = buffers.normed.first(wanted * config.d_model);
+        let logits = buffers.logits.first(wanted * config.vocab);
+        gpu.gather_rows(self.x, self.logit_rows, config.d_model, hidden)?;
+        gpu.rms_norm(hidden, weights.output_norm.span(), config.norm_eps, normed)?;
+        gpu.matmul(&weights.output, normed, logits)?;
+        if config.logit_scale != 1.0 {
+            gpu.scale(logits, config.logit_scale)?;
+        }
+        config.logit_soft_cap.map_or(Ok(()), |cap| gpu.soft_cap(logits, cap))
+    }
+
+    /// `x` after the norm; `x` itself where there is none.
+    fn normed<'b>(
+        &'b self,
+        x: Span<'b, f32>,
+        weight: &Option<DeviceBuffer<f32>>,
+        buffers: &'b Buffers,
+    ) -> Result<Span<'b, f32>, CudaError> {
+        let Some(weight) = weight else { return Ok(x) };
+        let out = buffers.normed.first(x.len());
+        self.gpu.rms_norm(x, weight.span(), self.config.norm_eps, out)?;
+        Ok(out)
+    }
+
+    fn project(
+        &self,
+        projection: &Projection<OnDevice>,
+        x: Span<'_, f32>,
+        out: Span<'_, f32>,
+    ) -> Result<(), CudaError> {
+        self.gpu.matmul(&projection.weight, x, out)?;
+        projection.bias.as_ref().map_or(Ok(()), |bias| self.gpu.add_bias(out, bias.span()))
+    }
+
+    /// Adds a block's result to the residual stream.
+    fn add_block(
+        &self,
+        delta: Span<'_, f32>,
+        post_norm: &Option<DeviceBuffer<f32>>,
+        buffers: &Buffers,
+    ) -> Result<(), CudaError> {
+        let delta = self.normed(delta, post_norm, buffers)?;
+        self.gpu.add_scaled(self.x, delta, self.config.residual_scale)
+    }
+}
+
+/// `out = down · (activation(gate · x) ∘ (up · x))`
+pub(super) fn gated(
+    gpu: &Gpu,
+    activation: Activation,
+    weights: &Gated<OnDevice>,
+    x: Span<'_, f32>,
+    buffers: &Buffers,
+    out: Span<'_, f32>,
+) -> Result<(), CudaError> {
+    let wide = x.len() / weights.gate.cols * weights.gate.rows;
+    let (gate, up) = (buffers.gate.first(wide), buffers.up.first(wide));
+    gpu.matmul(&weights.gate, x, gate)?;
+    gpu.matmul(&weights.up, x, up)?;
+    match activation {
+        Activation::Silu => gpu.silu_gate(gate, up)?,
+        Activation::GeluTanh => gpu.gelu_gate(gate, up)?,
+    }
+    gpu.matmul(&weights.down, gate, out)
+}

@@ -1,0 +1,104 @@
+//! The decoder on a CUDA device: the same forward pass as [`crate::decoder`], kernel by kernel.
+//!
+//! Pages on the device are a cache of the mapped ones ([`pages`]): a forward pass brings up what its sequences lack, writes
+//! new keys and values to both, and returns when the mapped pages are complete.
+
+mod experts;
+mod forward;
+mod inputs;
+mod pages;
+mod weights;
+
+use dormouse_kernels::cuda::{CudaError, Pinned};
+use dormouse_kernels::{Cpu, PageLayout, PagePtr};
+
+use crate::ModelError;
+use crate::decoder::Batch;
+use forward::Buffers;
+use inputs::Inputs;
+use pages::PageCache;
+pub use weights::Weights;
+
+/// What a forward pass on the device needs besides weights, kept from one to the next.
+pub(crate) struct State {
+    layout: PageLayout,
+    pages: PageCache,
+    inputs: Inputs,
+    buffers: Buffers,
+    routing: experts::Routing,
+    /// The last pass's, `[logit_rows, vocab]`.
+    logits: Vec<f32>,
+    /// Logits and rows of keys and values on their way from the device.
+    logits_out: Pinned<f32>,
+    rows_out: Pinned<u8>,
+}
+
+impl State {
+    pub fn new(weights: &Weights, layout: PageLayout) -> Result<State, ModelError> {
+        let gpu = weights.gpu();
+        let new = || {
+            Ok(State {
+                layout,
+                pages: PageCache::new(gpu, layout, weights.budget_bytes())?,
+                inputs: Inputs::new(gpu)?,
+                buffers: Buffers::new(gpu)?,
+                routing: experts::Routing::new(gpu)?,
+                logits: Vec::new(),
+                logits_out: Pinned::new(gpu, 0)?,
+                rows_out: Pinned::new(gpu, 0)?,
+            })
+        };
+        new().map_err(|error: CudaError| weights.error(error))
+    }
+
+    pub fn logits_mut(&mut self) -> &mut [f32] {
+        &mut self.logits
+    }
+
+    pub fn check_room(&self, weights: &Weights, pages: usize) -> Result<(), ModelError> {
+        self.pages.check_room(pages).map_err(|error| weights.error(error))
+    }
+
+    pub fn forget(&mut self, pages: &[PagePtr]) {
+        self.pages.forget(pages);
+    }
+
+    pub fn forget_all(&mut self) {
+        self.pages.forget_all();
+    }
+
+    /// In as many passes as the device's memory asks for: which sequences share one changes no bit.
+    pub fn forward(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), ModelError> {
+        self.logits.clear();
+        let (mut rest, mut most, mut has_given_back) = (batch.sequences, usize::MAX, false);
+        while !rest.is_empty() {
+            let count = self.pages.fitting(rest).min(most);
+            let (now, later) = rest.split_at(count);
+            let first = now[0].first_row;
+            let end = first + now.iter().map(|sequence| sequence.rows).sum::<usize>();
+            let mut sequences = now.to_vec();
+            sequences.iter_mut().for_each(|sequence| sequence.first_row -= first);
+            let own_logits = batch.logit_rows.iter().filter(|row| (first..end).contains(row));
+            let logit_rows: Vec<usize> = own_logits.map(|row| row - first).collect();
+            let part =
+                Batch { tokens: &batch.tokens[first..end], sequences: &sequences, logit_rows: &logit_rows };
+            match self.pass(cpu, weights, &part) {
+                Ok(()) => rest = later,
+                // Nothing was computed yet. What there is room for is a guess: others take memory, too.
+                Err(CudaError::NoRoom { .. }) if count > 1 => most = count / 2,
+                // Pages that nobody needs now may be in the way of activations.
+                Err(CudaError::NoRoom { .. }) if !has_given_back => {
+                    weights.gpu().wait().map_err(|error| weights.error(error))?;
+                    self.pages.give_back();
+                    has_given_back = true;
+                }
+                Err(error) => {
+                    // What was half done on the device is no longer what the host has.
+                    self.pages.forget_all();
+                    return Err(weights.error(error));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,217 @@
+//! The decoder on a CUDA device: the tiny models of every family against `transformers`, bits that depend on the sequence
+//! alone, and device pages as a cache of mapped ones. Needs a device, or the emulated one that `scripts/check_cuda` brings.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
+
+#[path = "../families/case.rs"]
+mod case;
+#[path = "../families/gguf_file.rs"]
+mod gguf_file;
+#[path = "../families/quantise.rs"]
+mod quantise;
+mod rig;
+
+use std::sync::Arc;
+
+use case::{Case, case, cases};
+use dormouse_kernels::{GgmlType, KvDtype};
+use dormouse_models::backend::Weights;
+use dormouse_models::pack::PackFile;
+use dormouse_models::source::ModelSource;
+use dormouse_models::{Device, DeviceChoice};
+use quantise::Weights as Encoding;
+use rig::{Computer, Session};
+use safetensors::Dtype;
+
+fn device(budget_bytes: Option<u64>) -> Device {
+    let (device, _) = Device::open(DeviceChoice::Cuda(0), budget_bytes)
+        .unwrap_or_else(|error| panic!("{error}; scripts/check_cuda runs these tests without a device"));
+    device
+}
+
+fn load(device: &Device, path: &std::path::Path) -> Arc<Weights> {
+    let source = ModelSource::open(path).unwrap();
+    let pack = PackFile { folders: &[], weights_hash: [0; 32], progress: &mut |_, _| {} };
+    Arc::new(Weights::load(device, &source, &source.config().unwrap(), pack).unwrap())
+}
+
+/// The case's model on a device whose pages may take `budget_bytes`.
+fn on_device(case: &Case, dtype: Dtype, budget_bytes: Option<u64>) -> Arc<Weights> {
+    let folder = tempfile::tempdir().unwrap();
+    case.write_folder(folder.path(), dtype, 1);
+    load(&device(budget_bytes), folder.path())
+}
+
+/// Those that an emulated device computes in reasonable time.
+fn short_cases() -> impl Iterator<Item = Case> {
+    cases().into_iter().filter(|case| case.positions < 1000)
+}
+
+fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
+    a.len() == b.len() && a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+#[test]
+fn logits_equal_those_of_transformers_at_every_position_in_every_family() {
+    let mut families = 0;
+    for case in short_cases() {
+        let mut computer = Computer::new(on_device(&case, Dtype::F32, None), KvDtype::F16);
+        let got = computer.append(&mut Session::new(&computer, case.positions), &case.prompt());
+        println!("{}: {:e}", case.name, case.error(&got));
+        families += 1;
+    }
+    assert!(families >= 22, "{families} cases");
+}
+
+#[test]
+fn half_precision_weights_hold_the_same_model() {
+    for name in ["llama", "gemma3", "phi3", "qwen3_moe"] {
+        let case = case(name);
+        for dtype in [Dtype::F16, Dtype::BF16] {
+            let mut computer = Computer::new(on_device(&case, dtype, None), KvDtype::F16);
+            let got = computer.append(&mut Session::new(&computer, case.positions), &case.prompt());
+            case.error(&got);
+        }
+    }
+}
+
+/// Matrices that are rows of another one, experts that share a tensor, and blocks of every kind of alignment.
+#[test]
+fn quantised_files_compute_what_the_same_weights_as_floats_do() {
+    for (name, ty) in [
+        ("phi3", GgmlType::Q4_0),
+        ("qwen3_moe", GgmlType::Q8_0),
+        ("llama", GgmlType::Q4_1),
+        ("gemma3", GgmlType::Q5_1),
+    ] {
+        let case = case(name);
+        let logits = |encoding| {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("model.gguf");
+            case.gguf.as_ref().unwrap().write_as(&case, &path, encoding);
+            let mut computer = Computer::new(load(&device(None), &path), KvDtype::F16);
+            computer.append(&mut Session::new(&computer, case.positions), &case.prompt())
+        };
+        let quantised = logits(Encoding::Quantised(ty));
+        // Decoded weights are the same numbers, and multiplied in the same order.
+        assert!(same_bits(&quantised, &logits(Encoding::Rounded(ty))), "{name} in {}", ty.name());
+    }
+}
+
+#[test]
+fn chunks_single_steps_forks_and_rewinds_give_the_same_bits_in_every_family() {
+    for case in short_cases() {
+        let mut computer = Computer::new(on_device(&case, Dtype::F32, None), KvDtype::F16);
+        let prompt = case.prompt();
+        let whole = computer.append(&mut Session::new(&computer, case.positions), &prompt);
+        let mut session = Session::new(&computer, case.positions);
+        let mut pieces = Vec::new();
+        for range in [0..3, 3..30, 30..31, 31..64] {
+            pieces.extend(computer.append(&mut session, &prompt[range]));
+        }
+        // A fork beyond the window's edge, which goes another way for a while before it is rewound.
+        let mut fork = session.fork();
+        computer.append(&mut fork, &[1, 2, 3, 4, 5]);
+        fork.len = 64;
+        let forked = computer.append(&mut fork, &prompt[64..]);
+        assert!(same_bits(&whole[64..], &forked), "{}: a fork", case.name);
+        pieces.extend(computer.append(&mut session, &prompt[64..90]));
+        for token in &prompt[90..] {
+            pieces.extend(computer.append(&mut session, &[*token]));
+        }
+        assert!(same_bits(&whole, &pieces), "{}: chunks and steps", case.name);
+    }
+}
+
+#[test]
+fn a_batch_gives_each_of_its_sequences_the_bits_that_it_has_alone() {
+    for (name, dtype) in
+        [("llama3_scaled", KvDtype::F16), ("gemma2", KvDtype::Q8_0), ("qwen3_moe", KvDtype::F16)]
+    {
+        let case = case(name);
+        let weights = on_device(&case, Dtype::F32, None);
+        let mut computer = Computer::new(weights, dtype);
+        let prompts: Vec<Vec<u32>> = (0..5).map(|n| case.prompt()[n..90 - n * 7].to_vec()).collect();
+        let alone: Vec<Vec<f32>> = prompts
+            .iter()
+            .flat_map(|prompt| computer.append(&mut Session::new(&computer, 100), prompt))
+            .collect();
+        let mut sessions: Vec<Session> = prompts.iter().map(|_| Session::new(&computer, 100)).collect();
+        let parts = sessions.iter_mut().zip(&prompts).map(|(session, prompt)| (session, &prompt[..]));
+        let together = computer.append_all(parts.collect());
+        assert!(same_bits(&alone, &together), "{name}");
+    }
+}
+
+#[test]
+fn another_process_goes_on_from_the_mapped_pages_with_the_same_bits() {
+    for (name, dtype) in [("qwen3", KvDtype::F16), ("gemma3", KvDtype::Q8_0)] {
+        let case = case(name);
+        let weights = on_device(&case, Dtype::F32, None);
+        let prompt = case.prompt();
+        let mut computer = Computer::new(Arc::clone(&weights), dtype);
+        let mut session = Session::new(&computer, case.positions);
+        let whole = computer.append(&mut Session::new(&computer, case.positions), &prompt);
+        for range in [0..50, 50..51, 51..70] {
+            computer.append(&mut session, &prompt[range]);
+        }
+        // Nothing of the device's pages is left.
+        let mut next = Computer::new(weights, dtype);
+        let rest = next.append(&mut session, &prompt[70..]);
+        assert!(same_bits(&whole[70..], &rest), "{name}");
+    }
+}
+
+#[test]
+fn pages_make_room_for_each_other_on_a_small_device_and_no_bit_changes() {
+    let case = case("llama");
+    let prompts: Vec<Vec<u32>> = (0..6).map(|n| case.prompt()[n..].to_vec()).collect();
+    let run = |budget_pages: Option<u64>| {
+        let plenty = on_device(&case, Dtype::F32, None);
+        let page_bytes = plenty.config().page_layout(KvDtype::F16).page_bytes() as u64;
+        let weights = on_device(&case, Dtype::F32, budget_pages.map(|pages| pages * page_bytes));
+        let mut computer = Computer::new(weights, KvDtype::F16);
+        let mut sessions: Vec<Session> = prompts.iter().map(|_| Session::new(&computer, 100)).collect();
+        let mut logits = Vec::new();
+        for range in [0..40, 40..41, 41..60, 60..80, 80..81] {
+            let parts =
+                sessions.iter_mut().zip(&prompts).map(|(session, prompt)| (session, &prompt[range.clone()]));
+            logits.extend(computer.append_all(parts.collect()));
+        }
+        logits
+    };
+    let plenty = run(None);
+    // Two pages a session: of six sessions, one, two or some at a time.
+    for pages in [2, 4, 7] {
+        assert!(same_bits(&plenty, &run(Some(pages))), "{pages} pages");
+    }
+}
+
+#[test]
+fn a_session_that_no_room_can_be_made_for_is_refused_and_the_next_one_computes() {
+    let case = case("llama");
+    let page_bytes =
+        on_device(&case, Dtype::F32, None).config().page_layout(KvDtype::F16).page_bytes() as u64;
+    let mut computer = Computer::new(on_device(&case, Dtype::F32, Some(page_bytes)), KvDtype::F16);
+    let refused = computer.try_append(&mut Session::new(&computer, 100), &case.prompt()).unwrap_err();
+    assert!(refused.contains("device cuda:0") && refused.contains("--device-budget"), "{refused}");
+    let mut plenty = Computer::new(on_device(&case, Dtype::F32, None), KvDtype::F16);
+    let expected = plenty.append(&mut Session::new(&plenty, 64), &case.prompt()[..60]);
+    let got = computer.append(&mut Session::new(&computer, 64), &case.prompt()[..60]);
+    assert!(same_bits(&expected, &got));
+}
+
+#[test]
+fn a_page_that_was_written_behind_the_devices_back_is_read_again_once_it_is_forgotten() {
+    let case = case("llama");
+    let mut computer = Computer::new(on_device(&case, Dtype::F32, None), KvDtype::F16);
+    let (mut one, mut other) = (Session::new(&computer, 100), Session::new(&computer, 100));
+    computer.append(&mut one, &case.prompt()[..70]);
+    computer.append(&mut other, &case.prompt()[20..90]);
+    let expected = computer.append(&mut other.fork(), &[7]);
+    one.copy_from(&other);
+    computer.backend.forget(&one.pages());
+    let got = computer.append(&mut one, &[7]);
+    assert!(same_bits(&expected, &got));
+}
