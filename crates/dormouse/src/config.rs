@@ -73,7 +73,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "DORMOUSE_STUCK_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub stuck_after: Option<u64>,
     /// Answers that may be on their way at once; more requests are told to come again (429) [default: 256]
-    #[arg(long, global = true, env = "DORMOUSE_MAX_REQUESTS", value_name = "N", value_parser = at_least_one())]
+    #[arg(long, global = true, env = "DORMOUSE_MAX_REQUESTS", value_name = "N", value_parser = max_requests_values())]
     pub max_requests: Option<usize>,
     /// What is logged on standard error: a level (error, warn, info, debug), or targets with levels [default: warn]
     #[arg(long, global = true, env = "DORMOUSE_LOG", value_name = "FILTER")]
@@ -115,6 +115,13 @@ fn activations_values() -> impl TypedValueParser<Value = Precision> {
 
 fn at_least_one() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::new().range(1..)
+}
+
+/// More than any machine serves, and less than what counts them can count.
+const MOST_REQUESTS: usize = 1_000_000;
+
+fn max_requests_values() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::new().range(1..=MOST_REQUESTS as u64)
 }
 
 fn speculation_values() -> impl TypedValueParser<Value = Speculation> {
@@ -295,6 +302,9 @@ fn merge(flags: Settings, file: File) -> Result<Config> {
             bail!("the settings file's {name}: expected at least 1, found 0");
         }
     }
+    if let Some(most) = file.max_requests.filter(|most| *most > MOST_REQUESTS) {
+        bail!("the settings file's max_requests: expected at most {MOST_REQUESTS}, found {most}");
+    }
     let threads = flags.threads.or(file.threads).unwrap_or_else(default_threads);
     let log = flags.log.or(file.log).filter(|filter| !filter.is_empty());
     log.as_deref().map(crate::log::parse).transpose()?;
@@ -392,6 +402,7 @@ mod tests {
             ("threads = 0", "threads"),
             ("ctx = 0", "ctx"),
             ("max_requests = 0", "max_requests"),
+            ("max_requests = 2000000", "1000000"),
         ] {
             let flags = Settings { data_dir: Some("/data".into()), ..Settings::default() };
             let error = merge(flags, file(text)).unwrap_err().to_string();

@@ -196,7 +196,7 @@ pub fn logprobs(logits: &[f32], chosen: u32, top: usize) -> TokenLogprob {
     }
 }
 
-/// The first of the largest logits; 0 where none is a number. By parts, whose maximums vectors find: in steps of many turns this
+/// The first of the largest logits; 0 where none is larger than −∞. By parts, whose maximums vectors find: in steps of many turns this
 /// is what one thread does while the others wait.
 fn argmax(logits: &[f32]) -> u32 {
     const PART: usize = 1024;
@@ -207,7 +207,8 @@ fn argmax(logits: &[f32]) -> u32 {
             (best, largest) = (part * PART, most);
         }
     }
-    let at = logits[best..].iter().take(PART).position(|logit| *logit == largest);
+    let is_it = |logit: &f32| *logit == largest && largest > f32::NEG_INFINITY;
+    let at = logits[best..].iter().take(PART).position(is_it);
     (best + at.unwrap_or(0)) as u32
 }
 

@@ -296,6 +296,10 @@ impl Worker {
                     self.outbox.put(&listener, Event::Failed(EngineError::Stopped));
                     return;
                 }
+                // Here and not when its turn comes: by then its owner may have said otherwise.
+                if spec.pinned {
+                    self.pool.keep(&spec.session, spec.claim);
+                }
                 let waiting = Waiting { spec: *spec, listener, since };
                 let after =
                     self.state.queue.iter().rposition(|other| other.spec.priority >= waiting.spec.priority);

@@ -23,40 +23,50 @@ impl PagePool {
     /// Keeps a few slots ready in a file that cannot grow.
     pub(crate) fn evict_ahead(&mut self) {
         if self.file.slots() >= self.quota_slots {
-            self.evict_until(FREE_AHEAD.min(self.file.slots() / 8) as usize);
+            // Nobody needs the room yet: not worth a page that is to be kept.
+            self.evict(FREE_AHEAD.min(self.file.slots() / 8) as usize, false);
         }
     }
 
     /// Evicts pages until `count` slots are free or will be once the catalog has forgotten their pages; returns how
     /// many. Pages of live tables stay, and pages after which others come; those of kept sessions are the last to go.
     pub(crate) fn evict_until(&mut self, count: usize) -> usize {
+        self.evict(count, true)
+    }
+
+    fn evict(&mut self, count: usize, kept_too: bool) -> usize {
         let mut wanted = count.saturating_sub(self.free.len() + self.awaiting_slots());
         if wanted == 0 {
             return 0;
         }
         let kept: HashSet<u32> = self.kept.values().copied().flatten().collect();
-        let rank = |pool: &PagePool, slot: u32, node: &Node| {
-            Reverse((kept.contains(&slot), pool.worth(node).to_bits(), slot))
+        let rank = |pool: &PagePool, slot: u32, is_kept: bool| {
+            Reverse((is_kept, pool.worth(pool.tree.node(slot)).to_bits(), slot))
         };
-        let ranked = self.tree.iter().filter(|(_, node)| is_evictable(node));
-        let mut candidates: BinaryHeap<_> = ranked.map(|(slot, node)| rank(self, slot, node)).collect();
-        let mut evicted = 0;
+        let evictable = self.tree.iter().filter(|(_, node)| is_evictable(node));
+        let mut candidates: BinaryHeap<_> =
+            evictable.map(|(slot, _)| rank(self, slot, kept.contains(&slot))).collect();
+        let (mut evicted, mut of_kept) = (0, 0);
         while wanted > 0
             && let Some(Reverse((is_kept, _, slot))) = candidates.pop()
         {
-            if is_kept {
-                tracing::warn!(slot, path = %self.path().display(), "the disk quota leaves no room but that of a pinned session");
+            if is_kept && !kept_too {
+                break;
             }
             let parent = self.tree.node(slot).parent;
             self.remove_page(slot, parent);
-            if let Some(parent) = parent
-                && is_evictable(self.tree.node(parent))
-            {
-                candidates.push(rank(self, parent, self.tree.node(parent)));
+            if let Some(parent) = parent.filter(|parent| is_evictable(self.tree.node(*parent))) {
+                // What was kept up to its leaf is kept up to the page before it.
+                candidates.push(rank(self, parent, is_kept || kept.contains(&parent)));
             }
             self.counters.evictions += 1;
+            of_kept += usize::from(is_kept);
             evicted += 1;
             wanted -= 1;
+        }
+        if of_kept > 0 {
+            let path = self.path().display();
+            tracing::warn!(pages = of_kept, %path, "the disk quota left no room but that of pinned sessions");
         }
         evicted
     }

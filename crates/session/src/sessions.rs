@@ -47,6 +47,16 @@ impl Runtime {
         session: &str,
         change: UpdateSession,
     ) -> Result<Session, SessionError> {
+        let (runtime, tenant, session) = (self.clone(), tenant.clone(), session.to_owned());
+        detached(async move { runtime.update_now(&tenant, &session, change).await }).await
+    }
+
+    async fn update_now(
+        &self,
+        tenant: &Tenant,
+        session: &str,
+        change: UpdateSession,
+    ) -> Result<Session, SessionError> {
         let row = self.inner.store.find_session(&tenant.0, session).await?;
         let mut settings = self.inner.settings(&row.id).await?;
         let data = json!({
@@ -73,8 +83,10 @@ impl Runtime {
             now_ms,
         };
         let row = self.inner.store.update_session(&row.id, change).await?;
-        if let Some(engine) = self.inner.engine_of_file(row.page_file) {
-            engine.keep(&row.id, row.leaf_slot, settings.pinned);
+        // Also where its first turn has not committed yet, and names no page file. A model that is not here knows at its start.
+        if let Ok(engine) = self.inner.engine_of(&settings) {
+            let leaf = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
+            engine.keep(&row.id, leaf, settings.pinned);
         }
         self.inner.changed(&row.id);
         Ok(self.inner.session(row, settings))
@@ -101,8 +113,10 @@ impl Runtime {
         let (runtime, id) = (self.clone(), id.to_owned());
         detached(async move {
             let row = runtime.inner.store.delete_session(&id).await?;
-            if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
+            for engine in &runtime.inner.engines {
                 engine.keep(&id, None, false);
+            }
+            if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
                 engine.unclaim(row.leaf_slot, purge).await;
             }
             runtime.inner.forget_watchers(&id);

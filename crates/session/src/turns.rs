@@ -331,17 +331,24 @@ impl Runtime {
 fn is_short(settings: &Settings, history: &History, log: &[u32], start: &Start) -> bool {
     const TEXT_MOST: usize = 4 << 10;
     const BYTES_A_TOKEN: usize = 4;
-    let text = |message: &Message| message.get("content").and_then(Value::as_str).map(str::len);
+    // Of messages that have a role and a text, and nothing else.
+    let text = |message: &Message| {
+        let text = message.get("content").filter(|_| message.len() == 2)?.as_str()?;
+        Some(text.len())
+    };
     let new = start.input.iter().try_fold(0, |sum, message| Some(sum + text(message)?));
+    let known: usize = history.items.iter().map(|row| row.message.len()).sum();
     let instructions = settings.instructions.as_ref().map_or(0, String::len);
     let is_free = start.generation.format == OutputFormat::Text
         && settings.tools.is_empty()
+        && settings.own.is_none()
         && start.tools.is_none()
         && start.frame.is_none();
-    is_free
-        && new.is_some_and(|new| {
-            new + instructions + BYTES_A_TOKEN * log.len() <= TEXT_MOST && history.items.len() <= 16
-        })
+    let is_small = |new: usize| {
+        let text = new + known + instructions + BYTES_A_TOKEN * log.len();
+        text <= TEXT_MOST && history.items.len() + start.input.len() <= 16
+    };
+    is_free && new.is_some_and(is_small)
 }
 
 /// A turn on paper.

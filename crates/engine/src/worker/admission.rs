@@ -69,9 +69,6 @@ impl Worker {
         let log = &waiting.restorable()[..found.tokens()];
         let (mut table, restored) = self.restore(spec.realm, log, found, paged.unwrap_or_default());
         self.pool.set_claim(&mut table, &spec.session, spec.claim);
-        if spec.pinned {
-            self.pool.keep(&spec.session, spec.claim);
-        }
         let lost = spec.known().saturating_sub(restored.restored_tokens);
         let evicted = || Miss::new("page_evicted", restored.restored_tokens);
         let miss = restored.miss.clone().or_else(|| (lost > 0 && paged.is_some()).then(evicted));
@@ -153,12 +150,14 @@ impl Worker {
         while let Some(oldest) = self.state.paused.first()
             && (self.state.room > 0 || self.state.running.is_empty())
         {
+            if matches!(oldest.pages, Back::Coming) {
+                break;
+            }
             let (realm, log) = (oldest.turn.spec.realm, &oldest.turn.log[..oldest.turn.log.len() - 1]);
             let found = self.pool.find(realm, log);
             let paged = match oldest.pages {
-                Back::Coming => break,
                 Back::There(paged) => paged,
-                Back::NotAsked => match self.pool.page_in(&found) {
+                Back::NotAsked | Back::Coming => match self.pool.page_in(&found) {
                     None => Paged::default(),
                     Some(pages) => {
                         let who = Who::Paused(oldest.turn.spec.turn.clone());

@@ -170,7 +170,8 @@ pub(super) fn work(config: &ModelConfig, start: usize, rows: usize, layers: Rang
     layers.map(|layer| config.row_work(layer, start + rows / 2)).sum::<f64>() * rows as f64
 }
 
-/// The position at which a token costs about twice what the first one does: infinite where windows keep it from growing.
+/// The position at which a token costs twice what the first one does, if its cost grew from there to the context's end evenly: with
+/// windows it grows at first and then no more.
 pub(super) fn cost_doubles_at(config: &ModelConfig, context: usize) -> f64 {
     let layers = 0..config.layers;
     let cost = |position: usize| work(config, position, 1, layers.clone());
