@@ -119,6 +119,21 @@ async fn pages_that_change_behind_the_devices_back_are_read_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_page_copied_to_where_another_one_was_is_not_taken_for_it() {
+    let model = on_device(None, KvDtype::F16);
+    let slot_bytes = (model.layout().page_bytes() as u64).next_multiple_of(4096);
+    // Three pages on disk: the second session takes what the first one had, and the third one's copy the rest.
+    let rig = Rig::over(tempfile::tempdir().unwrap(), PLAIN, Arc::clone(&model), 3 * slot_bytes);
+    rig.answer("first", &prose(6, 90), &greedy(2)).await;
+    rig.answer("second", &prose(7, 90), &greedy(2)).await;
+    let input = [&prose(7, 80)[..], &prose(8, 20)].concat();
+    let (got, receipt) = rig.answer("third", &input, &greedy(5)).await;
+    assert_eq!(receipt.restored_tokens, 80);
+    assert!(rig.engine.stats().await.unwrap().kv.copies_on_write > 0);
+    assert_eq!(got.tokens, new_rig(&model).answer("third", &input, &greedy(5)).await.0.tokens);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_turn_that_the_device_cannot_hold_fails_with_what_to_do_and_those_beside_it_go_on() {
     let rig = new_rig(&on_device(Some(1), KvDtype::F16));
     rig.create("long").await;
