@@ -154,6 +154,8 @@ def test_killed_work_is_not_computed_from_the_start_again(reference, start):
     session = server.create(seed=SEED)
     stream = server.stream_turn(session, PROMPT, **GENERATION)
     seen = [next(stream) for _ in range(40)]
+    # A disk that is busy with other tests may take longer for a commit than forty tokens do.
+    harness.wait_until(lambda: server.metric("dormouse_commits_total") > 0, "the prompt to be durable")
     server.kill()
     server.start()
     turn = found_again(server, session)
