@@ -33,8 +33,8 @@ pub struct Running {
     pub pages: Vec<OpenPages>,
     pub embedder: Option<Embedder>,
     pub quota: Bytes,
-    /// What computes.
-    pub device: String,
+    /// What computes for each engine.
+    pub devices: Vec<String>,
 }
 
 impl Running {
@@ -72,12 +72,12 @@ pub async fn assemble(
     // Mending a database or hashing weights takes as long as the disk needs; signals are listened to meanwhile.
     let (settings, files, embedding) = (config.clone(), models.to_vec(), embedding.cloned());
     let opening = tokio::task::spawn_blocking(move || open_all(&settings, &files, embedding.as_ref()));
-    let Opened { store, engines, pages, embedder, quota, device } =
+    let Opened { store, engines, pages, embedder, quota, devices } =
         opening.await.context("opening the data directory failed")??;
     let clock_offset_seconds = config.faults.clock_offset_seconds;
     let options = RuntimeOptions { clock_offset_seconds, ..RuntimeOptions::default() };
     let runtime = Runtime::open(store.clone(), engines.clone(), options)?;
-    Ok(Running { runtime, store, engines, pages, embedder, quota, device })
+    Ok(Running { runtime, store, engines, pages, embedder, quota, devices })
 }
 
 /// All that is opened before the first session is looked at.
@@ -87,7 +87,7 @@ struct Opened {
     pages: Vec<OpenPages>,
     embedder: Option<Embedder>,
     quota: Bytes,
-    device: String,
+    devices: Vec<String>,
 }
 
 fn open_all(config: &Config, models: &[ModelFile], embedding: Option<&ModelFile>) -> Result<Opened> {
@@ -98,14 +98,15 @@ fn open_all(config: &Config, models: &[ModelFile], embedding: Option<&ModelFile>
     let embedder = embedding.map(|file| start_embedder(config, file)).transpose()?;
     let mut engines = Vec::new();
     let mut pages = Vec::new();
+    let mut devices = Vec::new();
     for file in models {
-        let (engine, opened) = start_engine(config, &device, &store, file, quota)
+        let (engine, opened, computes) = start_engine(config, &device, &store, file, quota)
             .with_context(|| format!("model '{}' ({})", file.name, file.path.display()))?;
         engines.push(engine);
         pages.push(opened);
+        devices.push(computes);
     }
-    let device = device.describe(&cpu(config)?);
-    Ok(Opened { store, engines, pages, embedder, quota, device })
+    Ok(Opened { store, engines, pages, embedder, quota, devices })
 }
 
 fn start_embedder(config: &Config, file: &ModelFile) -> Result<Embedder> {
@@ -139,8 +140,9 @@ fn start_engine(
     store: &Store,
     file: &ModelFile,
     quota: Bytes,
-) -> Result<(Engine, OpenPages)> {
+) -> Result<(Engine, OpenPages, String)> {
     let (cpu, model) = load_model(config, device, store, file)?;
+    let computes = if model.weights().on_cpu().is_some() { &Device::Cpu } else { device }.describe(&cpu);
     let (pool, page_file, opened) = open_pages(config, store, &model, quota)?;
     let (model, store, durability) = (Arc::new(model), store.clone(), config.durability);
     let options = EngineOptions {
@@ -150,7 +152,7 @@ fn start_engine(
         ..config.speculation.into()
     };
     let engine = Engine::start(model, cpu, pool, page_file, store, durability, options)?;
-    Ok((engine, opened))
+    Ok((engine, opened, computes))
 }
 
 /// How an engine that broke down gets its pages back: as at a start.

@@ -62,47 +62,30 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    fn all() -> impl Iterator<Item = Kernel> {
-        use Kernel::*;
-        let products = Width::ALL.into_iter().flat_map(|width| GgmlType::ALL.map(|ty| Matmul(width, ty)));
+    /// All kernels, each with the name that its source gives it.
+    fn all() -> impl Iterator<Item = (Kernel, String)> {
         let others = [
-            RmsNorm,
-            AddScaled,
-            AddBias,
-            ScaleRows,
-            SiluGate,
-            GeluGate,
-            Scale,
-            SoftCap,
-            GatherRows,
-            ScatterRows,
-            Rope,
-            AppendKv,
-            Attend,
-            MergeSegments,
+            (Kernel::RmsNorm, "rms_norm"),
+            (Kernel::AddScaled, "add_scaled"),
+            (Kernel::AddBias, "add_bias"),
+            (Kernel::ScaleRows, "scale_rows"),
+            (Kernel::SiluGate, "silu_gate"),
+            (Kernel::GeluGate, "gelu_gate"),
+            (Kernel::Scale, "scale"),
+            (Kernel::SoftCap, "soft_cap"),
+            (Kernel::GatherRows, "gather_rows"),
+            (Kernel::ScatterRows, "scatter_rows"),
+            (Kernel::Rope, "rope"),
+            (Kernel::AppendKv, "append_kv"),
+            (Kernel::Attend, "attend"),
+            (Kernel::MergeSegments, "merge_segments"),
         ];
-        products.chain(others)
-    }
-
-    fn name(self) -> String {
-        let name = match self {
-            Kernel::Matmul(width, ty) => return format!("matmul_{}_{}", width.name(), ty.name()),
-            Kernel::RmsNorm => "rms_norm",
-            Kernel::AddScaled => "add_scaled",
-            Kernel::AddBias => "add_bias",
-            Kernel::ScaleRows => "scale_rows",
-            Kernel::SiluGate => "silu_gate",
-            Kernel::GeluGate => "gelu_gate",
-            Kernel::Scale => "scale",
-            Kernel::SoftCap => "soft_cap",
-            Kernel::GatherRows => "gather_rows",
-            Kernel::ScatterRows => "scatter_rows",
-            Kernel::Rope => "rope",
-            Kernel::AppendKv => "append_kv",
-            Kernel::Attend => "attend",
-            Kernel::MergeSegments => "merge_segments",
+        let product = |width: Width, ty: GgmlType| {
+            (Kernel::Matmul(width, ty), format!("matmul_{}_{}", width.name(), ty.name()))
         };
-        name.to_owned()
+        let products =
+            Width::ALL.into_iter().flat_map(move |width| GgmlType::ALL.map(|ty| product(width, ty)));
+        products.chain(others.map(|(kernel, name)| (kernel, name.to_owned())))
     }
 }
 
@@ -179,16 +162,16 @@ impl Gpu {
             call!(cuModuleLoadData(&mut module, words.as_ptr().cast()))?;
             gpu.modules.push(module);
         }
-        for kernel in Kernel::all() {
-            let function = gpu.find(kernel)?;
+        for (kernel, name) in Kernel::all() {
+            let function = gpu.find(name)?;
             gpu.kernels.insert(kernel, function);
         }
         Ok(Arc::new(gpu))
     }
 
-    /// The kernel in whichever module has it.
-    fn find(&self, kernel: Kernel) -> Result<sys::CUfunction, CudaError> {
-        let name = CString::new(kernel.name()).expect("names of kernels are plain");
+    /// The kernel of this name in whichever module has it.
+    fn find(&self, name: String) -> Result<sys::CUfunction, CudaError> {
+        let name = CString::new(name).expect("names of kernels are plain");
         let mut outcome = Err(CudaError::NoCode);
         for module in &self.modules {
             let mut function = std::ptr::null_mut();

@@ -99,7 +99,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
     line("dormouse", env!("CARGO_PKG_VERSION").into());
     let key = if config.key_needed()?.is_some() { "API key needed" } else { "no API key needed" };
     line("address", format!("{} ({key})", server.url));
-    for (engine, pages) in running.engines.iter().zip(&running.pages) {
+    for ((engine, pages), device) in running.engines.iter().zip(&running.pages).zip(&running.devices) {
         let model = engine.model();
         line("model", format!("{} from {}", model.name, model.path().display()));
         line(
@@ -111,7 +111,7 @@ async fn describe(config: &Config, server: &Server) -> Result<()> {
                 model.kv_token_bytes()
             ),
         );
-        line("device", format!("{} ({})", running.device, model.numerics()));
+        line("device", format!("{device} ({})", model.numerics()));
         line("", format!("speculation {}", config.speculation.name()));
         let state = if pages.report.created { "new".into() } else { format!("{} pages", pages.report.pages) };
         line("pages", format!("{} ({state})", pages.path.display()));
