@@ -24,6 +24,7 @@ use crate::safetensors::SafetensorsFolder;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightSource;
 pub use abilities::{Abilities, WrittenCall};
+pub use limits::STACK_BYTES;
 use limits::{Bounded, SOURCE_LIMIT, check_source, on_deep_stack};
 
 /// The plain ChatML turns that most small models have seen.

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use dormouse_models::chat_template::STACK_BYTES;
 
 use crate::cli::{Cli, Command};
 use crate::config::Config;
@@ -52,6 +53,8 @@ fn start(cli: Cli, log: Log) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // HTTP and clients need little; the cores belong to the engine.
         .worker_threads(2)
+        // What a chat template may need, and what the rest does.
+        .thread_stack_size(STACK_BYTES + (2 << 20))
         .enable_all()
         .build()
         .context("cannot start the threads for input and output")?;

@@ -144,7 +144,7 @@ impl Engine {
         compiler.as_ref().map_err(GrammarError::clone)?.compile(request)
     }
 
-    /// Runs a turn whose input is already in the durable token log. The last that its listener hears is `Finished` or
+    /// Runs a turn whose input is in the token log before the turn's first commit comes there. The last that its listener hears is `Finished` or
     /// `Failed`; it is dropped without where the engine is gone.
     pub fn submit(&self, spec: TurnSpec, listener: impl Listener + 'static) -> Result<(), EngineError> {
         self.send(Command::Submit(Box::new(spec), Arc::new(listener), Instant::now()))

@@ -456,8 +456,14 @@ impl PagePool {
 fn in_parallel<T: Send>(slots: &[u32], work: impl Fn(&[u32]) -> T + Sync) -> Vec<T> {
     /// Pages that outweigh starting a thread.
     const PIECE_LEAST: usize = 8;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
-    let piece = slots.len().div_ceil(threads).max(PIECE_LEAST);
+    // To ask for the cores takes longer than a few pages do.
+    let piece = match slots.len() <= PIECE_LEAST {
+        true => PIECE_LEAST,
+        false => {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+            slots.len().div_ceil(threads).max(PIECE_LEAST)
+        }
+    };
     let mut pieces = slots.chunks(piece);
     let Some(first) = pieces.next() else { return Vec::new() };
     std::thread::scope(|scope| {

@@ -7,7 +7,7 @@ use dormouse_engine::{
     Engine, EngineError, Event, Finish, FinishReason, Listener, Miss, OutputText, Receipt, TokenOutput,
     TurnSpec,
 };
-use dormouse_store::{FinishTurn, StoreError, UpdateSession};
+use dormouse_store::{FinishTurn, SessionRow, StoreError, UpdateSession};
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use tracing::{Instrument, Span};
@@ -18,7 +18,7 @@ use crate::chain::Chain;
 use crate::cut::text_of;
 use crate::hub::Hub;
 use crate::ids;
-use crate::records::{self, KnownItem, TurnRecord, encode, new_event};
+use crate::records::{self, KnownItem, Settings, TurnRecord, decode, encode, new_event};
 use crate::request;
 use crate::runtime::{Inner, Runtime};
 
@@ -28,7 +28,7 @@ const LEFT_CHECK: Duration = Duration::from_millis(200);
 /// How long to wait before a turn's end is offered to a full disk again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
 
-/// A turn that is in the database and about to run.
+/// A turn that is in the database, or about to be, and about to run.
 pub(crate) struct Run {
     pub engine: Engine,
     pub spec: TurnSpec,
@@ -62,6 +62,9 @@ struct Said {
     text: String,
     tokens: Vec<u32>,
 }
+
+/// A turn that the engine has, and will tell the end of.
+pub(crate) struct Submitted(oneshot::Receiver<Heard>);
 
 /// All that a turn said, and how it ended.
 type Heard = (Said, Result<Finish, EngineError>);
@@ -126,29 +129,29 @@ struct End {
 }
 
 impl Runtime {
-    /// Starts the task that drives a turn. The turn's hub is registered when this returns.
-    pub(crate) fn drive(&self, run: Run, cancel_when_left: bool) -> Result<Arc<Hub>, SessionError> {
+    /// Starts the task that drives a turn, which the engine has already where it is `submitted`. The turn's hub is registered
+    /// when this returns.
+    pub(crate) fn drive(
+        &self,
+        run: Run,
+        hub: Arc<Hub>,
+        submitted: Option<Submitted>,
+    ) -> Result<(), SessionError> {
         let alive = self.inner.keep_alive()?;
-        let hub = Arc::new(Hub::new(
-            &run.spec.session,
-            &run.spec.turn,
-            run.record.answer_format.clone(),
-            cancel_when_left,
-        ));
         self.inner.add_hub(&hub);
-        let (runtime, driven) = (self.clone(), Arc::clone(&hub));
+        let runtime = self.clone();
         let driving = async move {
-            runtime.run(run, &driven).await;
-            runtime.inner.remove_hub(&driven.turn);
-            runtime.inner.changed(&driven.session);
+            runtime.run(run, &hub, submitted).await;
+            runtime.inner.remove_hub(&hub.turn);
+            runtime.inner.changed(&hub.session);
             drop(alive);
         };
         tokio::spawn(request::go_on(request::current(), driving).instrument(Span::current()));
-        Ok(hub)
+        Ok(())
     }
 
-    async fn run(&self, mut run: Run, hub: &Arc<Hub>) {
-        let end = match self.listen(&mut run, hub).await {
+    async fn run(&self, mut run: Run, hub: &Arc<Hub>, submitted: Option<Submitted>) {
+        let end = match self.listen(&mut run, hub, submitted).await {
             Ok(end) => end,
             Err(EngineError::Stopped) if self.inner.is_stopping() => return hub.abandon(),
             // Someone else drives the turn now, and tells its end.
@@ -162,13 +165,24 @@ impl Runtime {
     }
 
     /// Has the engine run the turn, which tells the hub, and waits for its end.
-    async fn listen(&self, run: &mut Run, hub: &Arc<Hub>) -> Result<End, EngineError> {
-        if let Some(mut gate) = run.gate.take() {
-            // An error means that the other turn is gone, which opens the gate as well.
-            gate.wait_for(|open| *open).await.ok();
-        }
-        let (listener, end) = Hearing::of(run, hub);
-        run.engine.submit(run.spec.clone(), listener)?;
+    async fn listen(
+        &self,
+        run: &mut Run,
+        hub: &Arc<Hub>,
+        submitted: Option<Submitted>,
+    ) -> Result<End, EngineError> {
+        let Submitted(end) = match submitted {
+            Some(submitted) => submitted,
+            None => {
+                if let Some(mut gate) = run.gate.take() {
+                    // An error means that the other turn is gone, which opens the gate as well.
+                    gate.wait_for(|open| *open).await.ok();
+                }
+                let (listener, end) = Hearing::of(run, hub);
+                run.engine.submit(run.spec.clone(), listener)?;
+                Submitted(end)
+            }
+        };
         if hub.is_cancelled() {
             run.engine.cancel(&hub.turn);
         }
@@ -242,9 +256,9 @@ impl Runtime {
             Err(why) => return self.finish_failed(&run, hub, &why),
         };
         let mut told = false;
-        loop {
+        let row = loop {
             match self.inner.store.finish_turn(change.clone()).await {
-                Ok(_) => break,
+                Ok(row) => break row,
                 Err(why @ StoreError::Full(_)) if !self.inner.is_stopping() => {
                     if !told {
                         tracing::warn!(turn = hub.turn, "the end of the turn waits for room: {why}");
@@ -262,18 +276,14 @@ impl Runtime {
                     return;
                 }
             }
-        }
-        if run.adopts_model
+        };
+        if run.record.delete_after {
+            self.forget(&row, !run.record.keep_pages).await;
+        } else if run.adopts_model
             && let Err(why) = self.adopt_model(&run).await
         {
             // The next turn says `model_changed` once more.
             tracing::warn!(session = hub.session, "the session's model could not be recorded: {why}");
-        }
-        if run.record.delete_after
-            && let Err(why) = self.delete_with(&hub.session, !run.record.keep_pages).await
-        {
-            // The sweeper tries again when its time is up.
-            tracing::warn!(session = hub.session, "an unstored session could not be deleted: {why}");
         }
         if told {
             return;
@@ -357,9 +367,9 @@ impl Runtime {
         if let Some(item) = item.as_ref().filter(|_| !record.delete_after) {
             boundaries.push((run.chain.add(&item.message), log_end));
         }
-        let row = self.inner.store.session(&spec.session).await?;
+        let (row, settings) = self.inner.store.session_and_settings(&spec.session).await?;
+        let settings: Settings = decode(&settings)?;
         self.inner.tenants.count(&row.tenant, &run.engine.model().name, &record.usage);
-        let settings = self.inner.settings(&spec.session).await?;
         let expires_ms = match row.implicit {
             true => {
                 let ttl_seconds = settings.ttl_seconds.unwrap_or(self.inner.options.implicit_ttl_seconds);
@@ -387,6 +397,7 @@ impl Runtime {
             expires_ms,
             events: vec![new_event(kind, Some(&spec.turn), data)],
             now_ms,
+            deletes: record.delete_after,
         })
     }
 
@@ -406,6 +417,35 @@ impl Runtime {
 }
 
 impl Run {
+    pub fn hub(&self, cancel_when_left: bool) -> Arc<Hub> {
+        let (spec, format) = (&self.spec, self.record.answer_format.clone());
+        Arc::new(Hub::new(&spec.session, &spec.turn, format, cancel_when_left))
+    }
+
+    /// The turn runs under the lease that its session's row tells of, and goes on from the path there.
+    pub fn lease(&mut self, row: &SessionRow) {
+        lease(&mut self.spec, &self.engine, row);
+    }
+
+    /// What hands the turn to the engine when it has its lease; the engine computes while the input becomes durable. None
+    /// where the turn has to wait for another.
+    pub fn early(
+        &self,
+        hub: &Arc<Hub>,
+    ) -> Option<(impl FnOnce(&SessionRow) + Send + 'static + use<>, Submitted)> {
+        if self.gate.is_some() {
+            return None;
+        }
+        let (listener, end) = Hearing::of(self, hub);
+        let (engine, mut spec) = (self.engine.clone(), self.spec.clone());
+        let submit = move |row: &SessionRow| {
+            lease(&mut spec, &engine, row);
+            // An engine that is gone drops the listener, and that is heard.
+            let _ = engine.submit(spec, listener);
+        };
+        Some((submit, Submitted(end)))
+    }
+
     /// Adds to the engine's receipt what only the caller knows: why known messages were not found, and the message
     /// at which the restored tokens end.
     fn explain(&self, mut receipt: Receipt) -> Receipt {
@@ -433,6 +473,12 @@ impl Run {
         }
         receipt
     }
+}
+
+fn lease(spec: &mut TurnSpec, engine: &Engine, row: &SessionRow) {
+    spec.fence = row.fence;
+    // A path in another model's page file is of no use here.
+    spec.claim = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
 }
 
 impl Inner {

@@ -87,13 +87,12 @@ impl Runtime {
                 return Ok(false);
             }
         };
-        let orders = spec(&engine, &record, &row.id, &turn, row.fence, log, realm);
+        let orders = spec(&engine, &record, &row.id, &turn, log, realm);
         // A first token of the answer means that the whole prompt was computed.
         let begun = if durable > orders.output_start { durable - 1 } else { 0 };
         let covered = row.kv_len.max(records::computed(&history.turns)).max(begun).min(durable);
-        let claim = row.leaf_slot.filter(|_| row.page_file == Some(engine.page_file()));
-        let run = Run {
-            spec: TurnSpec { covered, claim, pinned: settings.pinned, grammar, ..orders },
+        let mut run = Run {
+            spec: TurnSpec { covered, pinned: settings.pinned, grammar, ..orders },
             engine,
             record,
             created_ms: turn_row.created_ms,
@@ -108,7 +107,9 @@ impl Runtime {
             adopts_model: model_changed,
         };
         // The engine publishes the durable output again from its first token, and sees whether it had already ended.
-        self.drive(run, false)?;
+        run.lease(&row);
+        let hub = run.hub(false);
+        self.drive(run, hub, None)?;
         Ok(true)
     }
 

@@ -113,16 +113,21 @@ impl Runtime {
         let (runtime, id) = (self.clone(), id.to_owned());
         detached(async move {
             let row = runtime.inner.store.delete_session(&id).await?;
-            for engine in &runtime.inner.engines {
-                engine.keep(&id, None, false);
-            }
-            if let Some(engine) = runtime.inner.engine_of_file(row.page_file) {
-                engine.unclaim(row.leaf_slot, purge).await;
-            }
-            runtime.inner.forget_watchers(&id);
+            runtime.forget(&row, purge).await;
             Ok(())
         })
         .await
+    }
+
+    /// Lets go of what a session had that is deleted.
+    pub(crate) async fn forget(&self, row: &SessionRow, purge: bool) {
+        for engine in &self.inner.engines {
+            engine.keep(&row.id, None, false);
+        }
+        if let Some(engine) = self.inner.engine_of_file(row.page_file) {
+            engine.unclaim(row.leaf_slot, purge).await;
+        }
+        self.inner.forget_watchers(&row.id);
     }
 
     pub(crate) fn new_settings(

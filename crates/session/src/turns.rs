@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dormouse_answer::OutputFormat;
 use dormouse_engine::{Engine, Grammar, Miss, Priority, Realm, TurnSpec};
-use dormouse_store::{BeginTurn, History, ResponseRow, StoreError};
+use dormouse_store::{BeginTurn, History, ResponseRow, SessionRow, StoreError};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tracing::Span;
@@ -270,7 +270,8 @@ impl Runtime {
         .await
     }
 
-    /// Makes a planned turn durable and runs it; None when another writer was faster.
+    /// Makes a planned turn durable and runs it; None when another writer was faster. The engine computes meanwhile, but
+    /// nobody hears of it before the turn is durable.
     async fn carry_out(
         &self,
         tenant: &Tenant,
@@ -278,16 +279,23 @@ impl Runtime {
         start: Start,
     ) -> Result<Option<Arc<Hub>>, SessionError> {
         let _unregistered = self.inner.unregistered.read().await;
-        let row = match self.inner.store.begin_turn(plan.change.clone()).await {
+        let (change, cancel_when_left) = (plan.change.clone(), start.cancel_when_left);
+        let mut run = plan.into_run(tenant, start);
+        let hub = run.hub(cancel_when_left);
+        let (submit, submitted) = run.early(&hub).unzip();
+        let leased = |row: &SessionRow| submit.map_or((), |submit| submit(row));
+        let row = match self.inner.store.begin_turn_early(change, leased).await {
+            Ok(row) => row,
             Err(StoreError::LeaseLost { .. }) => return Ok(None),
-            begun => begun?,
+            Err(why) => {
+                run.engine.cancel(&hub.turn);
+                return Err(why.into());
+            }
         };
         self.inner.changed(&row.id);
-        // A path in another model's page file is of no use here.
-        let claim = row.leaf_slot.filter(|_| row.page_file == Some(plan.engine.page_file()));
-        let cancel_when_left = start.cancel_when_left;
-        let run = plan.into_run(tenant, row.fence, claim, start);
-        self.drive(run, cancel_when_left).map(Some)
+        run.lease(&row);
+        self.drive(run, Arc::clone(&hub), submitted)?;
+        Ok(Some(hub))
     }
 
     /// The hash of a session's conversation after its first `items`.
@@ -511,7 +519,8 @@ impl Plan {
         })
     }
 
-    fn into_run(self, tenant: &Tenant, fence: u64, claim: Option<u32>, start: Start) -> Run {
+    /// The turn, which has no lease yet.
+    fn into_run(self, tenant: &Tenant, start: Start) -> Run {
         let mut chain = root_chain(tenant, &self.engine, &self.settings);
         for message in &self.messages {
             chain.add(message);
@@ -519,9 +528,9 @@ impl Plan {
         let changed = Miss { reason: "model_changed".into(), at_token: 0, at_message: None };
         let miss = if self.model_changed { Some(changed) } else { self.miss.or(start.miss) };
         let (session, turn, realm) = (&self.change.session, &self.change.turn, realm(tenant, &self.settings));
-        let spec = spec(&self.engine, &self.record, session, turn, fence, self.log, realm);
+        let spec = spec(&self.engine, &self.record, session, turn, self.log, realm);
         let (covered, grammar, pinned) = (self.covered, self.grammar, self.settings.pinned);
-        let spec = TurnSpec { covered, claim, pinned, grammar, ..spec };
+        let spec = TurnSpec { covered, pinned, grammar, ..spec };
         Run {
             engine: self.engine,
             spec,
@@ -536,13 +545,13 @@ impl Plan {
     }
 }
 
-/// The engine's orders for a turn with this record. `record.usage.prompt_tokens` tells where its output begins.
+/// The engine's orders for a turn with this record, which [`Run::lease`] completes. `record.usage.prompt_tokens` tells where
+/// its output begins.
 pub(crate) fn spec(
     engine: &Engine,
     record: &TurnRecord,
     session: &str,
     turn: &str,
-    fence: u64,
     log: Vec<u32>,
     realm: Realm,
 ) -> TurnSpec {
@@ -553,7 +562,7 @@ pub(crate) fn spec(
         realm,
         session: session.to_owned(),
         turn: turn.to_owned(),
-        fence,
+        fence: 0,
         log,
         output_start,
         covered: 0,

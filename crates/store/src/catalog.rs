@@ -141,7 +141,7 @@ fn remove(db: &Connection, file: i64, removed: &[RemovedPage]) -> Result<(), Sto
 /// One step of a turn: its tokens join the log, its pages the catalog, in one transaction.
 pub(crate) fn commit_step(db: &Connection, step: &StepCommit) -> Result<(), StoreError> {
     let mut session = sessions::load(db, &step.session)?;
-    session.check_fence(step.fence)?;
+    session.check_writer(step.fence, &step.turn)?;
     if session.log_len != step.log_start {
         return Err(StoreError::WrongPosition {
             session: step.session.clone(),

@@ -106,6 +106,8 @@ pub struct FinishTurn {
     pub expires_ms: Option<u64>,
     pub events: Vec<NewEvent>,
     pub now_ms: u64,
+    /// The session goes with its turn; nothing of the above is kept.
+    pub deletes: bool,
 }
 
 /// A place in a session's history: its first tokens, items and turns.
@@ -129,8 +131,13 @@ pub(crate) fn create(db: &Connection, new: &NewSession) -> Result<SessionRow, St
     Ok(session)
 }
 
-/// Takes the session's lease for a turn, and makes its input durable. Answers the row with the new fence.
-pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow, StoreError> {
+/// Takes the session's lease for a turn, and makes its input durable. Answers the row with the new fence; `leased` hears it
+/// before anything else is done.
+pub(crate) fn begin_turn(
+    db: &Connection,
+    turn: &BeginTurn,
+    leased: impl FnOnce(&SessionRow),
+) -> Result<SessionRow, StoreError> {
     let mut session = match &turn.new {
         Some(new) => create(db, new)?,
         None => sessions::load(db, &turn.session)?,
@@ -144,6 +151,9 @@ pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow
             found: session.log_len,
         });
     }
+    session.fence += 1;
+    session.active_turn = Some(turn.turn.clone());
+    leased(&session);
     let replaces = turn.keep_tokens < session.log_len;
     if replaces {
         tokens::truncate(db, &session.id, turn.keep_tokens)?;
@@ -174,8 +184,6 @@ pub(crate) fn begin_turn(db: &Connection, turn: &BeginTurn) -> Result<SessionRow
     if let Some(response) = &turn.response {
         responses::put(db, response)?;
     }
-    session.fence += 1;
-    session.active_turn = Some(turn.turn.clone());
     session.error = None;
     session.last_active_ms = turn.now_ms;
     sessions::save(db, &session)?;
@@ -204,9 +212,11 @@ pub(crate) fn take_over(db: &Connection, id: &str) -> Result<SessionRow, StoreEr
 /// Ends the active turn and gives its lease back.
 pub(crate) fn finish_turn(db: &Connection, turn: &FinishTurn) -> Result<SessionRow, StoreError> {
     let mut session = sessions::load(db, &turn.session)?;
-    session.check_fence(turn.fence)?;
-    if session.active_turn.as_deref() != Some(&turn.turn) {
-        return Err(StoreError::LeaseLost { session: session.id, fence: turn.fence, found: session.fence });
+    session.check_writer(turn.fence, &turn.turn)?;
+    if turn.deletes {
+        session.active_turn = None;
+        remove(db, &session.id)?;
+        return Ok(session);
     }
     let Some((position, mut row)) =
         history::turns(db, &session)?.into_iter().enumerate().rev().find(|(_, row)| row.id == turn.turn)
@@ -367,9 +377,14 @@ pub(crate) fn update(db: &Connection, id: &str, change: &UpdateSession) -> Resul
 pub(crate) fn delete(db: &Connection, id: &str) -> Result<SessionRow, StoreError> {
     let session = sessions::load(db, id)?;
     session.check_idle()?;
+    remove(db, id)?;
+    Ok(session)
+}
+
+fn remove(db: &Connection, id: &str) -> Result<(), StoreError> {
     for table in ["session_tokens", "items", "turns", "events", "boundaries", "settings", "responses"] {
         db.prepare_cached(&format!("DELETE FROM {table} WHERE session = ?1"))?.execute([id])?;
     }
     db.prepare_cached("DELETE FROM sessions WHERE id = ?1")?.execute(params![id])?;
-    Ok(session)
+    Ok(())
 }

@@ -36,8 +36,9 @@ pub struct RemovedPage {
 #[derive(Clone, Debug, Default)]
 pub struct StepCommit {
     pub session: String,
-    /// The writer's fencing number; the commit is refused with `LeaseLost` if the session's is another.
+    /// The writer's fencing number and its turn; the commit is refused with `LeaseLost` if the session's are others.
     pub fence: u64,
+    pub turn: String,
     /// Position in the session's token log of the first of `tokens`; equals the log's durable length.
     pub log_start: usize,
     pub tokens: Vec<u32>,

@@ -1,5 +1,7 @@
 //! [`Store`]'s methods about sessions.
 
+use std::cell::Cell;
+
 use crate::boundaries::{self, Boundary};
 use crate::changes::{self, BeginTurn, Cut, EditItems, FinishTurn, Leaf, NewSession, UpdateSession};
 use crate::history::{self, EventRow, History, NewEvent};
@@ -36,6 +38,12 @@ impl Store {
     pub async fn settings(&self, session: &str) -> Result<String, StoreError> {
         let session = session.to_owned();
         self.read(move |db| sessions::settings(db, &session)).await
+    }
+
+    /// A session's row, as of [`Store::session`], and its settings.
+    pub async fn session_and_settings(&self, id: &str) -> Result<(SessionRow, String), StoreError> {
+        let id = id.to_owned();
+        self.read(move |db| Ok((sessions::show(db, &id)?, sessions::settings(db, &id)?))).await
     }
 
     /// Newest first, after the session `after`, at most `limit`, each with its settings.
@@ -96,7 +104,21 @@ impl Store {
 
     /// Takes the session's lease (fence + 1) and makes the turn's input durable. Errors: `Busy`.
     pub async fn begin_turn(&self, turn: BeginTurn) -> Result<SessionRow, StoreError> {
-        self.write(move |db| changes::begin_turn(db, &turn)).await
+        self.begin_turn_early(turn, |_| {}).await
+    }
+
+    /// As [`Store::begin_turn`]. `leased` hears on the database's thread, once, which lease the turn gets: the row with its
+    /// fence, before the input. What the turn commits is taken after its input in any case, and refused where that did
+    /// not become durable.
+    pub async fn begin_turn_early(
+        &self,
+        turn: BeginTurn,
+        leased: impl FnOnce(&SessionRow) + Send + 'static,
+    ) -> Result<SessionRow, StoreError> {
+        // The change runs again for the mirror.
+        let leased = Cell::new(Some(leased));
+        let tell = move |row: &SessionRow| leased.take().map_or((), |leased| leased(row));
+        self.write(move |db| changes::begin_turn(db, &turn, &tell)).await
     }
 
     /// A new fence for a session whose turn was interrupted: whoever still writes is shut out.

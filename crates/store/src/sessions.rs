@@ -76,6 +76,15 @@ impl SessionRow {
         }
     }
 
+    /// The fence alone does not name a writer: a lease that never became durable is given anew, to another turn.
+    pub(crate) fn check_writer(&self, fence: u64, turn: &str) -> Result<(), StoreError> {
+        self.check_fence(fence)?;
+        match self.active_turn.as_deref() == Some(turn) {
+            true => Ok(()),
+            false => Err(StoreError::LeaseLost { session: self.id.clone(), fence, found: self.fence }),
+        }
+    }
+
     pub(crate) fn check_idle(&self) -> Result<(), StoreError> {
         match &self.active_turn {
             None => Ok(()),

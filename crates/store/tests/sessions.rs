@@ -8,8 +8,8 @@ use std::path::Path;
 
 use common::{content, event, fill, item, new_session, one_turn, open, page};
 use dormouse_store::{
-    BeginTurn, ClaimRow, Cut, Durability, FinishTurn, Leaf, PageRow, RemovedPage, StatusFilter, StepCommit,
-    Store, StoreError, UpdateSession, WeightsFile, lock,
+    BeginTurn, ClaimRow, Cut, Durability, FinishTurn, Leaf, PageRow, RemovedPage, SessionRow, StatusFilter,
+    StepCommit, Store, StoreError, UpdateSession, WeightsFile, lock,
 };
 
 fn begin(session: &str, keep: usize, tokens: &[u32]) -> BeginTurn {
@@ -80,6 +80,7 @@ async fn a_session_has_one_writer_and_an_old_writer_is_shut_out() {
     let step = StepCommit {
         session: "s".into(),
         fence: row.fence,
+        turn: "turn_at_0".into(),
         log_start: 3,
         tokens: vec![4],
         ..Default::default()
@@ -91,7 +92,13 @@ async fn a_session_has_one_writer_and_an_old_writer_is_shut_out() {
     let step = StepCommit { fence: successor.fence, log_start: 2, ..step };
     // Who is refused does not stop the others of the same transaction.
     let right = StepCommit { log_start: 3, ..step.clone() };
-    let [Err(StoreError::WrongPosition { at: 2, found: 3, .. }), Ok(())] = commit(vec![step, right])[..]
+    // Another turn can have had the same fence, if its lease did not become durable.
+    let other = StepCommit { turn: "another".into(), ..right.clone() };
+    let [
+        Err(StoreError::WrongPosition { at: 2, found: 3, .. }),
+        Err(StoreError::LeaseLost { fence: 2, found: 2, .. }),
+        Ok(()),
+    ] = commit(vec![step, other, right])[..]
     else {
         panic!()
     };
@@ -110,6 +117,54 @@ async fn a_session_has_one_writer_and_an_old_writer_is_shut_out() {
     assert_eq!((row.active_turn, row.log_len), (None, 4));
     assert_eq!(store.history("s").await.unwrap().turns[0].output_end, Some(4));
     assert_eq!(store.token_log("s").await.unwrap(), [1, 2, 3, 4]);
+}
+
+#[tokio::test]
+async fn a_turn_hears_of_its_lease_once_and_not_if_it_gets_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    store.create_session(new_session("s")).await.unwrap();
+    let (sender, leases) = std::sync::mpsc::channel();
+    let tell = || {
+        let sender = sender.clone();
+        move |row: &SessionRow| sender.send((row.fence, row.log_len, row.active_turn.clone())).unwrap()
+    };
+    let row = store.begin_turn_early(begin("s", 0, &[1, 2, 3]), tell()).await.unwrap();
+    assert_eq!((row.fence, row.log_len), (1, 3));
+    assert!(store.begin_turn_early(begin("s", 3, &[4]), tell()).await.is_err());
+    // The database's mirror has followed when the next is answered.
+    assert!(store.health().await.unwrap().is_empty());
+    drop(sender);
+    assert_eq!(leases.iter().collect::<Vec<_>>(), [(1, 0, Some("turn_at_0".to_owned()))]);
+}
+
+#[tokio::test]
+async fn a_session_may_go_with_its_turn() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    let file = store.page_file(Path::new("p"), [1; 32], "default", "{}").unwrap();
+    for id in ["s", "other"] {
+        store.create_session(new_session(id)).await.unwrap();
+        one_turn(&store, file, id, 0, 100).await;
+    }
+    let fence = store.session("s").await.unwrap().fence;
+    let row = store.begin_turn(BeginTurn { fence, ..begin("s", 106, &[4]) }).await.unwrap();
+    let leaf = row.leaf_slot;
+    let finish = FinishTurn {
+        session: "s".into(),
+        turn: "turn_at_106".into(),
+        deletes: true,
+        ..FinishTurn::default()
+    };
+    let stale = FinishTurn { fence, ..finish.clone() };
+    assert!(matches!(store.finish_turn(stale).await, Err(StoreError::LeaseLost { .. })));
+    let row = store.finish_turn(FinishTurn { fence: fence + 1, ..finish }).await.unwrap();
+    assert_eq!((row.id.as_str(), row.active_turn, row.leaf_slot), ("s", None, leaf));
+    assert!(matches!(store.session("s").await, Err(StoreError::SessionNotFound(_))));
+    assert!(store.token_log("s").await.is_err());
+    assert_eq!(store.token_log("other").await.unwrap().len(), 106);
+    // Nothing is left that belongs to nobody, here and in the mirror.
+    assert!(store.verify().await.unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -197,6 +252,7 @@ async fn removing_pages_moves_the_claims_of_their_sessions_to_what_stays() {
     let step = StepCommit {
         session: "s".into(),
         fence,
+        turn: "turn_at_0".into(),
         log_start: 150,
         tokens: vec![1],
         page_file: file,

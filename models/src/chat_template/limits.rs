@@ -23,8 +23,8 @@ pub const OUTPUT_LIMIT: usize = 64 << 20;
 /// Columns or groups that a list can be laid out in.
 const COUNT_LIMIT: usize = 10_000;
 /// Address space, of which only what is used becomes memory. The engine calls itself once for each operator in a chain, and
-/// for each list in a list.
-const STACK_BYTES: usize = 256 << 20;
+/// for each list in a list. Threads that have so much stack themselves are spared to map and unmap another for each prompt.
+pub const STACK_BYTES: usize = 256 << 20;
 
 /// Refuses a template that is too long to be one.
 pub fn check_source(source: &str) -> Result<(), ModelError> {
@@ -135,7 +135,7 @@ fn joined(items: &Value, joiner: &str) -> Result<(), Error> {
 /// Runs the engine on a stack where long chains overflow nothing, and where a panic of it ends nothing else.
 pub fn on_deep_stack<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
     // What a panic leaves half done is the engine's own, and not looked at again.
-    catch_unwind(AssertUnwindSafe(|| stacker::grow(STACK_BYTES, work)))
+    catch_unwind(AssertUnwindSafe(|| stacker::maybe_grow(STACK_BYTES, STACK_BYTES, work)))
         .unwrap_or_else(|_| Err(ModelError::Template("the template engine fails on it".to_owned())))
 }
 

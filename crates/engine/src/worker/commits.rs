@@ -72,6 +72,7 @@ impl Worker {
         let step = StepCommit {
             session: turn.spec.session.clone(),
             fence: turn.spec.fence,
+            turn: turn.spec.turn.clone(),
             log_start: turn.durable,
             tokens: turn.log[turn.durable..].to_vec(),
             page_file: self.page_file,

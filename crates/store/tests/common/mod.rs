@@ -82,13 +82,14 @@ pub async fn one_turn(store: &Store, file: i64, session: &str, number: usize, in
     let slot = row.turns as u32 * 10;
     for step in 0..2 {
         let output = [900 + step, 901 + step, 902 + step];
-        let (store, session) = (store.clone(), session.to_owned());
+        let (store, session, turn) = (store.clone(), session.to_owned(), turn.clone());
         let log_start = start + input + 3 * step as usize;
         tokio::task::spawn_blocking(move || {
             store
                 .commit_steps(vec![StepCommit {
                     session,
                     fence: row.fence,
+                    turn,
                     log_start,
                     tokens: output.to_vec(),
                     page_file: file,
