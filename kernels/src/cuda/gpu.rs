@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -115,6 +116,8 @@ pub struct Gpu {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<Kernel, sys::CUfunction>,
+    turn: Mutex<()>,
+    given_back: AtomicU64,
 }
 
 // SAFETY: the driver's handles may be used from any thread that has made the context current, which every use does; the
@@ -147,6 +150,8 @@ impl Gpu {
             stream: std::ptr::null_mut(),
             modules: Vec::new(),
             kernels: HashMap::new(),
+            turn: Mutex::new(()),
+            given_back: AtomicU64::new(0),
         };
         gpu.enter()?;
         call!(cuStreamCreate(&mut gpu.stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
@@ -215,6 +220,21 @@ impl Gpu {
     pub fn wait(&self) -> Result<(), CudaError> {
         self.enter()?;
         call!(cuStreamSynchronize(self.stream))
+    }
+
+    /// Whoever records holds this: what another thread asks for meanwhile would be recorded, and not done.
+    pub fn turn(&self) -> MutexGuard<'_, ()> {
+        // Nothing is kept behind it that a panic could leave half done.
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often memory was given back: an address that was known before may be another's now.
+    pub(super) fn given_back(&self) -> u64 {
+        self.given_back.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_given_back(&self) {
+        self.given_back.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn stream(&self) -> sys::CUstream {

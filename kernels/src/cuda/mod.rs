@@ -5,6 +5,7 @@
 mod attention;
 mod driver;
 mod gpu;
+mod graph;
 mod memory;
 mod products;
 mod rows;
@@ -14,6 +15,7 @@ mod tests;
 pub use attention::{Append, Attend, Tile, store_rows, tiles};
 pub use driver::{CudaError, DeviceFacts, devices, driver_version};
 pub use gpu::Gpu;
+pub use graph::Graph;
 pub use memory::{CopyRates, DeviceBuffer, Pinned, Plain, Span};
 pub use products::DeviceMatrix;
 pub use rows::Rotation;

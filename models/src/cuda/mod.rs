@@ -5,6 +5,7 @@
 
 mod experts;
 mod forward;
+mod graphs;
 mod inputs;
 mod pages;
 mod weights;
@@ -15,6 +16,7 @@ use dormouse_kernels::{Cpu, PageLayout, PagePtr};
 use crate::ModelError;
 use crate::decoder::Batch;
 use forward::Buffers;
+use graphs::Graphs;
 use inputs::Inputs;
 use pages::PageCache;
 pub use weights::Weights;
@@ -25,6 +27,7 @@ pub(crate) struct State {
     pages: PageCache,
     inputs: Inputs,
     buffers: Buffers,
+    graphs: Graphs,
     routing: experts::Routing,
     /// The last pass's, `[logit_rows, vocab]`.
     logits: Vec<f32>,
@@ -42,6 +45,7 @@ impl State {
                 pages: PageCache::new(gpu, layout, weights.budget_bytes())?,
                 inputs: Inputs::new(gpu)?,
                 buffers: Buffers::new(gpu)?,
+                graphs: Graphs::new(),
                 routing: experts::Routing::new(gpu)?,
                 logits: Vec::new(),
                 logits_out: Pinned::new(gpu, 0)?,
@@ -53,6 +57,11 @@ impl State {
 
     pub fn logits_mut(&mut self) -> &mut [f32] {
         &mut self.logits
+    }
+
+    /// Passes that were asked for as a whole, as they had been recorded.
+    pub fn replays(&self) -> u64 {
+        self.graphs.replays
     }
 
     pub fn check_room(&self, weights: &Weights, pages: usize) -> Result<(), ModelError> {
@@ -93,7 +102,9 @@ impl State {
                     has_given_back = true;
                 }
                 Err(error) => {
-                    // What was half done on the device is no longer what the host has.
+                    // What was half done on the device is no longer what the host has. It may still be at it, and what
+                    // is asked for next must not meet that; should waiting fail too, the first error says more.
+                    let _ = weights.gpu().wait();
                     self.pages.forget_all();
                     return Err(weights.error(error));
                 }

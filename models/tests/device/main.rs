@@ -121,6 +121,8 @@ fn chunks_single_steps_forks_and_rewinds_give_the_same_bits_in_every_family() {
             pieces.extend(computer.append(&mut session, &[*token]));
         }
         assert!(same_bits(&whole, &pieces), "{}: chunks and steps", case.name);
+        // The first step is done kernel by kernel, the second one recorded.
+        assert!(computer.backend.replays() >= prompt.len() as u64 - 92, "{}", case.name);
     }
 }
 
@@ -142,6 +144,71 @@ fn a_batch_gives_each_of_its_sequences_the_bits_that_it_has_alone() {
         let together = computer.append_all(parts.collect());
         assert!(same_bits(&alone, &together), "{name}");
     }
+}
+
+/// Steps whose sequences change, pages and segments that fill, and buffers that move between them.
+#[test]
+fn recorded_steps_give_each_sequence_the_bits_that_it_has_alone() {
+    for (name, dtype) in [("llama", KvDtype::F16), ("gemma2", KvDtype::Q8_0), ("qwen3_moe", KvDtype::F16)] {
+        let case = case(name);
+        let weights = on_device(&case, Dtype::F32, None);
+        let mut computer = Computer::new(Arc::clone(&weights), dtype);
+        // They end beyond a segment's border, a page's, and before both.
+        let text: Vec<u32> = case.prompt().into_iter().cycle().take(270).collect();
+        let lengths = [250, 120, 5];
+        let alone: Vec<Vec<Vec<f32>>> = lengths
+            .iter()
+            .map(|length| {
+                computer.append(&mut Session::new(&computer, 320), &text[..length + 12]).split_off(*length)
+            })
+            .collect();
+        let mut computer = Computer::new(weights, dtype);
+        let mut sessions: Vec<Session> = lengths.iter().map(|_| Session::new(&computer, 320)).collect();
+        for (session, length) in sessions.iter_mut().zip(lengths) {
+            computer.append(session, &text[..length]);
+        }
+        // Twice each before the first replay, and again once a longer prompt has moved the buffers.
+        for (number, who) in
+            [0b111, 0b111, 0b111, 0b101, 0b101, 0b111, 0b101, 0b010, 0b111].iter().enumerate()
+        {
+            if number == 6 {
+                computer.append(&mut Session::new(&computer, 320), &text);
+            }
+            let who: Vec<usize> = (0..3).filter(|session| who & (1 << session) != 0).collect();
+            let expected: Vec<Vec<f32>> =
+                who.iter().map(|one| alone[*one][sessions[*one].len - lengths[*one]].clone()).collect();
+            let parts = sessions.iter_mut().enumerate().filter(|(one, _)| who.contains(one));
+            let parts = parts.map(|(_, session)| {
+                let at = session.len;
+                (session, &text[at..at + 1])
+            });
+            let got = computer.append_all(parts.collect());
+            assert!(same_bits(&got, &expected), "{name}: step {number}");
+        }
+        assert!(computer.backend.replays() >= 2, "{name}: {} replays", computer.backend.replays());
+    }
+}
+
+/// They share the device's stream, and what one asks for must not be recorded by the other.
+#[test]
+fn two_that_compute_with_the_same_weights_do_not_meet() {
+    let case = case("llama");
+    let weights = on_device(&case, Dtype::F32, None);
+    let prompt = case.prompt();
+    let mut computer = Computer::new(Arc::clone(&weights), KvDtype::F16);
+    let whole = computer.append(&mut Session::new(&computer, 100), &prompt[..60]);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut computer = Computer::new(Arc::clone(&weights), KvDtype::F16);
+                let mut session = Session::new(&computer, 100);
+                for (token, expected) in prompt[..60].iter().zip(&whole) {
+                    let got = computer.append(&mut session, &[*token]);
+                    assert!(same_bits(&got, std::slice::from_ref(expected)), "position {}", session.len);
+                }
+            });
+        }
+    });
 }
 
 #[test]
