@@ -11,6 +11,7 @@ mod products;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod uploads;
 
 pub use attention::{Append, Attend, Tile, store_rows, tiles};
 pub use driver::{CudaError, DeviceFacts, devices, driver_version};
@@ -19,6 +20,7 @@ pub use graph::Graph;
 pub use memory::{CopyRates, DeviceBuffer, Pinned, Plain, Span};
 pub use products::DeviceMatrix;
 pub use rows::Rotation;
+pub use uploads::{Mark, Uploads};
 
 /// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
 pub const KERNELS_VERSION: u32 = 1;

@@ -11,6 +11,7 @@ use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 
 use super::graphs::{Shape, Way};
 use super::inputs::{Input, Inputs};
+use super::pages::PageCache;
 use super::weights::OnDevice;
 use super::{State, Weights, experts};
 use crate::config::{Activation, ModelConfig};
@@ -114,6 +115,15 @@ struct Pass<'a> {
     logit_rows: Span<'a, u32>,
 }
 
+/// What the host does in a pass.
+struct Host<'a> {
+    /// Brings up what the device lacks, layer by layer.
+    pages: &'a mut PageCache,
+    routing: &'a mut experts::Routing,
+    logits_out: &'a mut Pinned<f32>,
+    rows_out: &'a mut Pinned<u8>,
+}
+
 /// The inputs of a pass, before they are on the device.
 struct Gathered {
     x: Input<f32>,
@@ -193,14 +203,15 @@ impl State {
         }
         let _turn = gpu.turn();
         gpu.enter()?;
-        let pages = self.pages.bring(batch.sequences)?;
+        let pages = self.pages.place(batch.sequences)?;
         let gathered = Gathered::new(&mut self.inputs, weights, config, batch, &pages);
         self.inputs.send(gpu)?;
         let inputs = &self.inputs;
         let tiles = inputs.span(gathered.tiles);
         let wanted = batch.logit_rows.len();
         // A step has blocks for twice as many segments at most, so that its shape stays while contexts grow.
-        let is_step = rows <= STEP_ROWS_MOST && batch.sequences.iter().all(|sequence| sequence.rows == 1);
+        let is_small = rows <= STEP_ROWS_MOST && batch.sequences.iter().all(|sequence| sequence.rows == 1);
+        let is_step = is_small && !self.pages.lacks_some();
         let segments = if is_step { gathered.segments.next_power_of_two() } else { gathered.segments };
         let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
         self.buffers.grow(config, &layout, rows, wanted, partials)?;
@@ -228,8 +239,13 @@ impl State {
             logit_rows: inputs.span(gathered.logit_rows),
         };
         let mut way = self.graphs.begin(is_step.then_some(Shape { rows, logit_rows: wanted, segments }));
-        let outputs = (&mut self.logits_out, &mut self.rows_out);
-        pass.run(weights, &self.buffers, &mut self.routing, outputs, &mut way)?;
+        let host = Host {
+            pages: &mut self.pages,
+            routing: &mut self.routing,
+            logits_out: &mut self.logits_out,
+            rows_out: &mut self.rows_out,
+        };
+        pass.run(weights, &self.buffers, host, &mut way)?;
         gpu.wait()?;
         self.graphs.end(way);
         self.logits.extend_from_slice(&self.logits_out.as_slice()[..logits]);
@@ -250,18 +266,18 @@ impl Pass<'_> {
         &self,
         weights: &Weights,
         buffers: &Buffers,
-        routing: &mut experts::Routing,
-        (logits_out, rows_out): (&mut Pinned<f32>, &mut Pinned<u8>),
+        host: Host<'_>,
         way: &mut Way,
     ) -> Result<(), CudaError> {
+        let Host { pages, routing, logits_out, rows_out } = host;
         let gpu = self.gpu;
         let mut first = 0;
         for (index, layer) in weights.layers.iter().enumerate() {
             let FeedForward::Experts(routed) = &layer.feed_forward else { continue };
             let input = self.normed_place(self.x, &layer.ffn_norm, buffers);
             let mut stretch = || {
-                self.dense_layers(weights, first..index, buffers)?;
-                self.attention(index, layer, buffers)?;
+                self.dense_layers(weights, first..index, buffers, pages)?;
+                self.attention(index, layer, buffers, pages)?;
                 self.normed(self.x, &layer.ffn_norm, buffers)?;
                 experts::score(gpu, routed, input, &buffers.experts, routing)
             };
@@ -273,7 +289,7 @@ impl Pass<'_> {
             first = index + 1;
         }
         let mut stretch = || {
-            self.dense_layers(weights, first..weights.layers.len(), buffers)?;
+            self.dense_layers(weights, first..weights.layers.len(), buffers, pages)?;
             let logits = self.logits(weights, buffers)?;
             // SAFETY: both are waited for before anybody looks at them.
             unsafe {
@@ -291,10 +307,11 @@ impl Pass<'_> {
         weights: &Weights,
         layers: Range<usize>,
         buffers: &Buffers,
+        pages: &mut PageCache,
     ) -> Result<(), CudaError> {
         for index in layers {
             let layer = &weights.layers[index];
-            self.attention(index, layer, buffers)?;
+            self.attention(index, layer, buffers, pages)?;
             if let FeedForward::Dense(gates) = &layer.feed_forward {
                 let input = self.normed(self.x, &layer.ffn_norm, buffers)?;
                 let delta = buffers.delta.first(self.rows * self.config.d_model);
@@ -311,7 +328,13 @@ impl Pass<'_> {
     }
 
     /// Norm, projections, rotation, append to the pages, attend, project back, norm, add.
-    fn attention(&self, index: usize, layer: &Layer<OnDevice>, buffers: &Buffers) -> Result<(), CudaError> {
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer<OnDevice>,
+        buffers: &Buffers,
+        pages: &mut PageCache,
+    ) -> Result<(), CudaError> {
         let (gpu, config, rows) = (self.gpu, self.config, self.rows);
         let down = buffers.down.span().part(index * self.layer_down()..(index + 1) * self.layer_down());
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -366,8 +389,11 @@ impl Pass<'_> {
             segments: self.segments,
             partials: buffers.partials.first(self.partials),
         };
-        // SAFETY: the page cache holds every page of the batch's sequences up to their last rows; rows, tiles and pages are of
-        // the same batch, and this layer's rows are appended before they are attended.
+        // While this layer's projections are computed. In a recorded step nothing is lacking.
+        pages.bring_layer(index)?;
+        // SAFETY: the page cache has places for every page of the batch's sequences up to their last rows, and this layer's
+        // part of them there; rows, tiles and pages are of the same batch, and this layer's rows are appended before they are
+        // attended.
         unsafe {
             gpu.append_kv(&append)?;
             gpu.attend(&attend)?;

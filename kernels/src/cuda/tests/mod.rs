@@ -4,6 +4,7 @@ mod attention;
 mod graph;
 mod products;
 mod rows;
+mod uploads;
 
 use std::sync::Arc;
 
