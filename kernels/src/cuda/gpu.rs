@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -116,7 +116,8 @@ pub struct Gpu {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<Kernel, sys::CUfunction>,
-    turn: Mutex<()>,
+    /// Whose modules the kernels are from, where not this one's.
+    opened: Option<Arc<Gpu>>,
     given_back: AtomicU64,
 }
 
@@ -150,7 +151,7 @@ impl Gpu {
             stream: std::ptr::null_mut(),
             modules: Vec::new(),
             kernels: HashMap::new(),
-            turn: Mutex::new(()),
+            opened: None,
             given_back: AtomicU64::new(0),
         };
         gpu.enter()?;
@@ -171,6 +172,27 @@ impl Gpu {
             let function = gpu.find(name)?;
             gpu.kernels.insert(kernel, function);
         }
+        Ok(Arc::new(gpu))
+    }
+
+    /// The same device with an order of its own: what is asked of this one is done without regard to the other one's work.
+    /// Memory and kernels are the same.
+    pub fn beside(self: &Arc<Gpu>) -> Result<Arc<Gpu>, CudaError> {
+        let mut context = std::ptr::null_mut();
+        call!(cuDevicePrimaryCtxRetain(&mut context, self.device))?;
+        let mut gpu = Gpu {
+            ordinal: self.ordinal,
+            facts: self.facts.clone(),
+            context,
+            device: self.device,
+            stream: std::ptr::null_mut(),
+            modules: Vec::new(),
+            kernels: self.kernels.clone(),
+            opened: Some(Arc::clone(self.opened.as_ref().unwrap_or(self))),
+            given_back: AtomicU64::new(0),
+        };
+        gpu.enter()?;
+        call!(cuStreamCreate(&mut gpu.stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
         Ok(Arc::new(gpu))
     }
 
@@ -222,13 +244,7 @@ impl Gpu {
         call!(cuStreamSynchronize(self.stream))
     }
 
-    /// Whoever records holds this: what another thread asks for meanwhile would be recorded, and not done.
-    pub fn turn(&self) -> MutexGuard<'_, ()> {
-        // Nothing is kept behind it that a panic could leave half done.
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How often memory was given back: an address that was known before may be another's now.
+    /// How often memory that was taken through this was given back: an address that was known may be another's now.
     pub(super) fn given_back(&self) -> u64 {
         self.given_back.load(Ordering::Relaxed)
     }

@@ -22,14 +22,15 @@ unsafe impl Send for Graph {}
 
 impl Gpu {
     /// Records what `work` asks of the device, none of which is done now. It may neither wait for the device nor take memory,
-    /// nor give any back. A driver may load a kernel when it is first started: better before than within `work`.
+    /// nor give any back; what another thread asks of the same `Gpu` meanwhile would be recorded too ([`Gpu::beside`]). A driver
+    /// may load a kernel when it is first started: better before than within `work`.
     ///
     /// # Errors
     /// Those of `work`; and the driver's, where `work` does what cannot be recorded.
     pub fn record(self: &Arc<Gpu>, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
         self.enter()?;
         let given_back = self.given_back();
-        // What other threads do with the driver meanwhile is their own affair; this stream is not theirs (`Gpu::turn`).
+        // What other threads do with the driver meanwhile is their own affair.
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         call!(cuStreamBeginCapture_v2(self.stream(), mode))?;
         let outcome = work();
@@ -49,8 +50,8 @@ impl Gpu {
 }
 
 impl Graph {
-    /// Whether no memory of the device's, nor such as it can reach, was given back since this was recorded: what the work
-    /// names is still there then.
+    /// Whether no memory that was taken through the same [`Gpu`], of the device's or such as it can reach, was given back since
+    /// this was recorded: what the work names of it is still there then.
     pub fn is_current(&self) -> bool {
         self.given_back == self.gpu.given_back()
     }

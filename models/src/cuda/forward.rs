@@ -18,7 +18,7 @@ use crate::config::{Activation, ModelConfig};
 use crate::decoder::weights::{FeedForward, Gated, Layer, Projection};
 use crate::decoder::{Batch, embed};
 
-/// Rows of the largest step that is recorded. Beside the work of more, launches weigh little.
+/// Rows of the largest pass that is recorded. Beside the work of more, launches weigh little.
 const STEP_ROWS_MOST: usize = 32;
 
 /// The device's buffers, which grow to the largest pass.
@@ -196,12 +196,11 @@ impl Gathered {
 impl State {
     /// Computes `batch`, whose pages fit on the device together; appends to `self.logits`.
     pub(super) fn pass(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
-        let (gpu, config) = (weights.gpu(), weights.config());
+        let (gpu, config) = (&self.gpu, weights.config());
         let (layout, rows) = (self.layout, batch.tokens.len());
         if rows == 0 {
             return Ok(());
         }
-        let _turn = gpu.turn();
         gpu.enter()?;
         let pages = self.pages.place(batch.sequences)?;
         let gathered = Gathered::new(&mut self.inputs, weights, config, batch, &pages);
@@ -209,9 +208,9 @@ impl State {
         let inputs = &self.inputs;
         let tiles = inputs.span(gathered.tiles);
         let wanted = batch.logit_rows.len();
-        // A step has blocks for twice as many segments at most, so that its shape stays while contexts grow.
-        let is_small = rows <= STEP_ROWS_MOST && batch.sequences.iter().all(|sequence| sequence.rows == 1);
-        let is_step = is_small && !self.pages.lacks_some();
+        // Steps, and such guesses as they check. They have blocks for twice as many segments at most, so that a shape stays
+        // while contexts grow.
+        let is_step = rows <= STEP_ROWS_MOST && !self.pages.lacks_some();
         let segments = if is_step { gathered.segments.next_power_of_two() } else { gathered.segments };
         let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
         self.buffers.grow(config, &layout, rows, wanted, partials)?;
@@ -238,7 +237,12 @@ impl State {
             warmth: gathered.warmth.map(|factors| inputs.span(factors)),
             logit_rows: inputs.span(gathered.logit_rows),
         };
-        let mut way = self.graphs.begin(is_step.then_some(Shape { rows, logit_rows: wanted, segments }));
+        let shape = || Shape {
+            rows: batch.sequences.iter().map(|sequence| sequence.rows).collect(),
+            logit_rows: wanted,
+            segments,
+        };
+        let mut way = self.graphs.begin(is_step.then(shape));
         let host = Host {
             pages: &mut self.pages,
             routing: &mut self.routing,

@@ -9,9 +9,10 @@ const MOST_SHAPES: usize = 48;
 
 /// All that the kernels of a step and their arguments depend on, besides memory's addresses. What else is new in a step lies in
 /// its inputs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    pub rows: usize,
+    /// Of each sequence.
+    pub rows: Vec<usize>,
     pub logit_rows: usize,
     /// Segments that attention has blocks for.
     pub segments: usize,
@@ -54,8 +55,8 @@ impl Graphs {
             return Way::Plain(Some(shape));
         };
         match self.known.remove(at) {
-            (_, Some(stretches)) => Way::Replay(shape, stretches, 0),
-            (_, None) => Way::Record(shape, Vec::new()),
+            (shape, Some(stretches)) => Way::Replay(shape, stretches, 0),
+            (shape, None) => Way::Record(shape, Vec::new()),
         }
     }
 
@@ -130,7 +131,7 @@ mod tests {
     }
 
     fn shape(rows: usize) -> Option<Shape> {
-        Some(Shape { rows, logit_rows: rows, segments: 1 })
+        Some(Shape { rows: vec![1; rows], logit_rows: rows, segments: 1 })
     }
 
     /// One pass of one stretch.
@@ -180,7 +181,7 @@ mod tests {
         pass(&mut graphs, &gpu, shape(1), &mut work);
         pass(&mut graphs, &gpu, shape(MOST_SHAPES + 1), &mut work);
         assert_eq!((graphs.known.len(), graphs.replays), (MOST_SHAPES, 1));
-        let is_known = |rows| graphs.known.iter().any(|(known, _)| Some(*known) == shape(rows));
+        let is_known = |rows| graphs.known.iter().any(|(known, _)| Some(known) == shape(rows).as_ref());
         assert!(is_known(1) && !is_known(2) && is_known(3));
     }
 
