@@ -140,6 +140,15 @@ impl Backend {
         }
     }
 
+    /// Passes that a device was asked for as a whole, as they had been recorded, rather than kernel by kernel.
+    pub fn replays(&self) -> u64 {
+        match &self.state {
+            State::Cpu(_) => 0,
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => state.replays(),
+        }
+    }
+
     /// Pages whose bytes on the host changed otherwise than by a forward pass, or that nobody needs on a device now.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn forget(&mut self, pages: &[PagePtr]) {

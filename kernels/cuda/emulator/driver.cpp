@@ -1,21 +1,18 @@
-// The functions of the CUDA driver that the back end calls, over host memory. Work that is queued on a stream is done when
-// somebody waits for the stream, not before: what is read or written too early shows.
+// The functions of the CUDA driver that the back end calls, over host memory: devices, memory, copies and kernels.
 
-#include "../common.cuh"
+#include "driver.hpp"
 
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <map>
-#include <mutex>
-#include <set>
 #include <vector>
+
+using namespace emulator;
 
 namespace {
 
-enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, InvalidDevice = 101, InvalidContext = 201, NotFound = 500 };
 enum Attribute { MultiprocessorCount = 16, ComputeMajor = 75, ComputeMinor = 76 };
 
 constexpr size_t PAGE = 4096;
@@ -24,56 +21,17 @@ constexpr size_t STATIC_SHARED_MOST = 48 << 10;
 // Fresh memory holds no numbers, so that what is read before it is written shows; of large pieces that would take too long.
 constexpr size_t FILLED_MOST = 16 << 20;
 
-struct Stream {
-    // Held while the work is done.
-    std::mutex running;
-    std::vector<std::function<void()>> work;
-};
-
 struct Allocation {
     void* mapping;
     size_t mapped_bytes, bytes;
 };
 
-// Of everything below, and of all streams' lists of work.
-std::mutex lock;
 std::map<u64, Allocation> allocations;
-std::set<Stream*> streams;
 size_t used_bytes = 0;
-thread_local bool context_is_current = false;
 
 size_t total_bytes() {
     const char* text = getenv("DORMOUSE_EMULATED_DEVICE_BYTES");
     return text ? strtoull(text, nullptr, 10) : size_t{4} << 30;
-}
-
-void finish(Stream& stream) {
-    const std::lock_guard<std::mutex> running(stream.running);
-    std::vector<std::function<void()>> work;
-    {
-        const std::lock_guard<std::mutex> guard(lock);
-        work.swap(stream.work);
-    }
-    for (const std::function<void()>& one : work) one();
-}
-
-// What waits for the whole device.
-void finish_all() {
-    std::vector<Stream*> all;
-    {
-        const std::lock_guard<std::mutex> guard(lock);
-        all.assign(streams.begin(), streams.end());
-    }
-    for (Stream* stream : all) finish(*stream);
-}
-
-template <typename Work>
-int queue(Stream* stream, Work work) {
-    const std::lock_guard<std::mutex> guard(lock);
-    if (!context_is_current) return InvalidContext;
-    if (streams.count(stream) == 0) return InvalidValue;
-    stream->work.emplace_back(work);
-    return Success;
 }
 
 }  // namespace
@@ -94,7 +52,12 @@ int cuGetErrorName(int error, const char** name) {
         case OutOfMemory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
         case InvalidDevice: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
         case InvalidContext: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
+        case IllegalState: *name = "CUDA_ERROR_ILLEGAL_STATE"; break;
         case NotFound: *name = "CUDA_ERROR_NOT_FOUND"; break;
+        case CaptureUnsupported: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+        case CaptureInvalidated: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
+        case CaptureIsolation: *name = "CUDA_ERROR_STREAM_CAPTURE_ISOLATION"; break;
+        case CaptureWrongThread: *name = "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"; break;
         default: return InvalidValue;
     }
     return Success;
@@ -152,6 +115,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total) {
 }
 
 int cuMemAlloc_v2(u64* at, size_t bytes) {
+    if (breaks_capture()) return CaptureUnsupported;
     const std::lock_guard<std::mutex> guard(lock);
     if (!context_is_current) return InvalidContext;
     if (bytes == 0) return InvalidValue;
@@ -172,6 +136,7 @@ int cuMemAlloc_v2(u64* at, size_t bytes) {
 }
 
 int cuMemFree_v2(u64 at) {
+    if (breaks_capture()) return CaptureUnsupported;
     finish_all();
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = allocations.find(at);
@@ -183,31 +148,15 @@ int cuMemFree_v2(u64 at) {
 }
 
 int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
+    if (breaks_capture()) return CaptureUnsupported;
     *at = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
     return *at ? Success : OutOfMemory;
 }
 
 int cuMemFreeHost(void* at) {
+    if (breaks_capture()) return CaptureUnsupported;
     finish_all();
     free(at);
-    return Success;
-}
-
-int cuStreamCreate(Stream** stream, unsigned) {
-    const std::lock_guard<std::mutex> guard(lock);
-    *stream = new Stream;
-    streams.insert(*stream);
-    return Success;
-}
-
-int cuStreamSynchronize(Stream* stream) {
-    finish(*stream);
-    return Success;
-}
-
-// Its memory stays: another thread may be about to wait for the whole device.
-int cuStreamDestroy_v2(Stream* stream) {
-    finish(*stream);
     return Success;
 }
 
@@ -225,6 +174,7 @@ int cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, Stream* stream) {
 
 // Whatever the image holds: the kernels are those that are compiled into this library.
 int cuModuleLoadData(void** module, const void*) {
+    if (breaks_capture()) return CaptureUnsupported;
     static char the_module;
     *module = &the_module;
     return Success;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys;
 
@@ -115,6 +116,9 @@ pub struct Gpu {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<Kernel, sys::CUfunction>,
+    /// Whose modules the kernels are from, where not this one's.
+    opened: Option<Arc<Gpu>>,
+    given_back: AtomicU64,
 }
 
 // SAFETY: the driver's handles may be used from any thread that has made the context current, which every use does; the
@@ -147,6 +151,8 @@ impl Gpu {
             stream: std::ptr::null_mut(),
             modules: Vec::new(),
             kernels: HashMap::new(),
+            opened: None,
+            given_back: AtomicU64::new(0),
         };
         gpu.enter()?;
         call!(cuStreamCreate(&mut gpu.stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
@@ -166,6 +172,27 @@ impl Gpu {
             let function = gpu.find(name)?;
             gpu.kernels.insert(kernel, function);
         }
+        Ok(Arc::new(gpu))
+    }
+
+    /// The same device with an order of its own: what is asked of this one is done without regard to the other one's work.
+    /// Memory and kernels are the same.
+    pub fn beside(self: &Arc<Gpu>) -> Result<Arc<Gpu>, CudaError> {
+        let mut context = std::ptr::null_mut();
+        call!(cuDevicePrimaryCtxRetain(&mut context, self.device))?;
+        let mut gpu = Gpu {
+            ordinal: self.ordinal,
+            facts: self.facts.clone(),
+            context,
+            device: self.device,
+            stream: std::ptr::null_mut(),
+            modules: Vec::new(),
+            kernels: self.kernels.clone(),
+            opened: Some(Arc::clone(self.opened.as_ref().unwrap_or(self))),
+            given_back: AtomicU64::new(0),
+        };
+        gpu.enter()?;
+        call!(cuStreamCreate(&mut gpu.stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
         Ok(Arc::new(gpu))
     }
 
@@ -215,6 +242,15 @@ impl Gpu {
     pub fn wait(&self) -> Result<(), CudaError> {
         self.enter()?;
         call!(cuStreamSynchronize(self.stream))
+    }
+
+    /// How often memory that was taken through this was given back: an address that was known may be another's now.
+    pub(super) fn given_back(&self) -> u64 {
+        self.given_back.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_given_back(&self) {
+        self.given_back.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn stream(&self) -> sys::CUstream {

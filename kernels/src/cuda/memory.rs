@@ -99,6 +99,7 @@ impl<T> Drop for DeviceBuffer<T> {
         // Memory that cannot be given back goes with the process. The driver waits for those who use it.
         let _ = self.gpu.enter();
         let _ = call!(cuMemFree_v2(self.at));
+        self.gpu.note_given_back();
     }
 }
 
@@ -232,6 +233,7 @@ impl<T> Drop for Pinned<T> {
         // As for device memory.
         let _ = self.gpu.enter();
         let _ = call!(cuMemFreeHost(self.at.cast()));
+        self.gpu.note_given_back();
     }
 }
 

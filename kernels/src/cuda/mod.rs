@@ -5,18 +5,22 @@
 mod attention;
 mod driver;
 mod gpu;
+mod graph;
 mod memory;
 mod products;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod uploads;
 
 pub use attention::{Append, Attend, Tile, store_rows, tiles};
 pub use driver::{CudaError, DeviceFacts, devices, driver_version};
 pub use gpu::Gpu;
+pub use graph::Graph;
 pub use memory::{CopyRates, DeviceBuffer, Pinned, Plain, Span};
 pub use products::DeviceMatrix;
 pub use rows::Rotation;
+pub use uploads::{Mark, Uploads};
 
 /// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
 pub const KERNELS_VERSION: u32 = 1;

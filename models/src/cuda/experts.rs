@@ -54,9 +54,29 @@ impl Routing {
         let (rows, chosen, routes) = (Pinned::new(gpu, 0)?, Vec::new(), Vec::new());
         Ok(Routing { scores: none()?, rows, weights: none()?, chosen, routes })
     }
+
+    pub fn grow(&mut self, settings: &Experts, rows: usize) -> Result<(), CudaError> {
+        self.scores.grow(rows * settings.count)?;
+        self.rows.grow(rows * settings.used)?;
+        self.weights.grow(rows * settings.used)
+    }
 }
 
-/// `out = Σ weight · expert(x)` over each row's experts, in the order of their numbers.
+/// The router's scores of `x`, on their way to the host.
+pub(super) fn score(
+    gpu: &Gpu,
+    weights: &Routed<OnDevice>,
+    x: Span<'_, f32>,
+    buffers: &Buffers,
+    routing: &mut Routing,
+) -> Result<(), CudaError> {
+    let scores = buffers.scores.first(x.len() / weights.router.cols * weights.settings.count);
+    gpu.matmul(&weights.router, x, scores)?;
+    // SAFETY: `forward` waits for it.
+    unsafe { scores.copy_out(gpu, &mut routing.scores) }
+}
+
+/// `out = Σ weight · expert(x)` over each row's experts, in the order of their numbers. After [`score`] of the same `x`.
 pub(super) fn forward(
     gpu: &Gpu,
     activation: Activation,
@@ -67,24 +87,16 @@ pub(super) fn forward(
 ) -> Result<(), CudaError> {
     let Routed { settings, router, experts } = weights;
     let (own, d) = (&buffers.experts, router.cols);
-    let scores = own.scores.first(x.len() / d * settings.count);
-    gpu.matmul(router, x, scores)?;
-    routing.scores.grow(scores.len())?;
-    // SAFETY: the next line waits for it.
-    unsafe { scores.copy_out(gpu, &mut routing.scores)? };
     gpu.wait()?;
-
     let Routing { chosen, routes, .. } = routing;
     routes.clear();
-    let all = &routing.scores.as_slice()[..scores.len()];
+    let all = &routing.scores.as_slice()[..x.len() / d * settings.count];
     for (row, scores) in all.chunks_exact(settings.count).enumerate() {
         choose(settings, scores, chosen);
         routes.extend(chosen.iter().map(|&(expert, weight)| (expert, row as u32, weight)));
     }
     routes.sort_unstable_by_key(|&(expert, row, _)| (expert, row));
     let count = routes.len();
-    routing.rows.grow(count)?;
-    routing.weights.grow(count)?;
     for (at, &(_, row, weight)) in routes.iter().enumerate() {
         routing.rows.as_mut_slice()[at] = row;
         routing.weights.as_mut_slice()[at] = weight;

@@ -1,19 +1,25 @@
 //! One pass over the layers, as [`crate::decoder::Decoder`] makes it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use dormouse_kernels::cpu::attention::Attention;
 use dormouse_kernels::cuda::{
-    Append, Attend, CudaError, DeviceBuffer, Gpu, Rotation, Span, Tile, store_rows, tiles,
+    Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
 };
 use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 
+use super::graphs::{Shape, Way};
 use super::inputs::{Input, Inputs};
+use super::pages::PageCache;
 use super::weights::OnDevice;
 use super::{State, Weights, experts};
 use crate::config::{Activation, ModelConfig};
 use crate::decoder::weights::{FeedForward, Gated, Layer, Projection};
 use crate::decoder::{Batch, embed};
+
+/// Rows of the largest pass that is recorded. Beside the work of more, launches weigh little.
+const STEP_ROWS_MOST: usize = 32;
 
 /// The device's buffers, which grow to the largest pass.
 pub(super) struct Buffers {
@@ -86,7 +92,7 @@ impl Buffers {
 
 /// A pass over the rows of a batch, and where its inputs are on the device.
 struct Pass<'a> {
-    gpu: &'a Gpu,
+    gpu: &'a Arc<Gpu>,
     config: &'a ModelConfig,
     layout: &'a PageLayout,
     rows: usize,
@@ -109,17 +115,26 @@ struct Pass<'a> {
     logit_rows: Span<'a, u32>,
 }
 
+/// What the host does in a pass.
+struct Host<'a> {
+    /// Brings up what the device lacks, layer by layer.
+    pages: &'a mut PageCache,
+    routing: &'a mut experts::Routing,
+    logits_out: &'a mut Pinned<f32>,
+    rows_out: &'a mut Pinned<u8>,
+}
+
 /// The inputs of a pass, before they are on the device.
 struct Gathered {
     x: Input<f32>,
     angles: Vec<(Input<f32>, Input<f32>)>,
-    pages: Input<u64>,
     tiles: Input<Tile>,
     positions: Input<u32>,
     row_pages: Input<u64>,
     row_places: Input<u32>,
     warmth: Option<Input<f32>>,
     logit_rows: Input<u32>,
+    pages: Input<u64>,
     segments: usize,
 }
 
@@ -165,13 +180,14 @@ impl Gathered {
         Gathered {
             x: inputs.add(&x),
             angles: angles.iter().map(|(cos, sin)| (inputs.add(cos), inputs.add(sin))).collect(),
-            pages: inputs.add(pages),
             tiles: inputs.add(&tiles),
             positions: inputs.add(&positions),
             row_pages: inputs.add(&row_pages),
             row_places: inputs.add(&row_places),
             warmth: warmth.map(|factors| inputs.add(&factors)),
             logit_rows: inputs.add(&logit_rows),
+            // Last: how many there are must not move the others, for a recorded step's sake.
+            pages: inputs.add(pages),
             segments,
         }
     }
@@ -180,20 +196,30 @@ impl Gathered {
 impl State {
     /// Computes `batch`, whose pages fit on the device together; appends to `self.logits`.
     pub(super) fn pass(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
-        let (gpu, config) = (weights.gpu().as_ref(), weights.config());
+        let (gpu, config) = (&self.gpu, weights.config());
         let (layout, rows) = (self.layout, batch.tokens.len());
         if rows == 0 {
             return Ok(());
         }
         gpu.enter()?;
-        let pages = self.pages.bring(batch.sequences)?;
+        let pages = self.pages.place(batch.sequences)?;
         let gathered = Gathered::new(&mut self.inputs, weights, config, batch, &pages);
         self.inputs.send(gpu)?;
         let inputs = &self.inputs;
-        let (segments, tiles) = (gathered.segments, inputs.span(gathered.tiles));
-        let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
+        let tiles = inputs.span(gathered.tiles);
         let wanted = batch.logit_rows.len();
+        // Steps, and such guesses as they check. They have blocks for twice as many segments at most, so that a shape stays
+        // while contexts grow.
+        let is_step = rows <= STEP_ROWS_MOST && !self.pages.lacks_some();
+        let segments = if is_step { gathered.segments.next_power_of_two() } else { gathered.segments };
+        let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
         self.buffers.grow(config, &layout, rows, wanted, partials)?;
+        if let Some(settings) = &config.experts {
+            self.routing.grow(settings, rows)?;
+        }
+        let (logits, down) = (wanted * config.vocab, rows * layout.token_bytes());
+        self.logits_out.grow(logits)?;
+        self.rows_out.grow(down)?;
         let pass = Pass {
             gpu,
             config,
@@ -211,25 +237,23 @@ impl State {
             warmth: gathered.warmth.map(|factors| inputs.span(factors)),
             logit_rows: inputs.span(gathered.logit_rows),
         };
-        let layer_down = rows * layout.token_bytes() / layout.layers;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let down = self.buffers.down.span().part(index * layer_down..(index + 1) * layer_down);
-            pass.attention(index, layer, &self.buffers, down)?;
-            pass.feed_forward(layer, &self.buffers, &mut self.routing)?;
-        }
-        pass.logits(weights, &self.buffers)?;
-
-        let (logits, down) = (wanted * config.vocab, rows * layout.token_bytes());
-        self.logits_out.grow(logits)?;
-        self.rows_out.grow(down)?;
-        // SAFETY: both are waited for before anybody looks at them.
-        unsafe {
-            self.buffers.logits.first(logits).copy_out(gpu, &mut self.logits_out)?;
-            self.buffers.down.first(down).copy_out(gpu, &mut self.rows_out)?;
-        }
+        let shape = || Shape {
+            rows: batch.sequences.iter().map(|sequence| sequence.rows).collect(),
+            logit_rows: wanted,
+            segments,
+        };
+        let mut way = self.graphs.begin(is_step.then(shape));
+        let host = Host {
+            pages: &mut self.pages,
+            routing: &mut self.routing,
+            logits_out: &mut self.logits_out,
+            rows_out: &mut self.rows_out,
+        };
+        pass.run(weights, &self.buffers, host, &mut way)?;
         gpu.wait()?;
+        self.graphs.end(way);
         self.logits.extend_from_slice(&self.logits_out.as_slice()[..logits]);
-        let down = self.rows_out.as_slice();
+        let (down, layer_down) = (self.rows_out.as_slice(), pass.layer_down());
         cpu.pool.run(layout.layers, &|layer| {
             let rows = &down[layer * layer_down..(layer + 1) * layer_down];
             store_rows(&layout, layer, batch.sequences, rows);
@@ -240,15 +264,83 @@ impl State {
 }
 
 impl Pass<'_> {
+    /// All layers, the logits, and the way of both to the host. The host interrupts the device where it chooses experts;
+    /// what lies between is a stretch of `way`.
+    fn run(
+        &self,
+        weights: &Weights,
+        buffers: &Buffers,
+        host: Host<'_>,
+        way: &mut Way,
+    ) -> Result<(), CudaError> {
+        let Host { pages, routing, logits_out, rows_out } = host;
+        let gpu = self.gpu;
+        let mut first = 0;
+        for (index, layer) in weights.layers.iter().enumerate() {
+            let FeedForward::Experts(routed) = &layer.feed_forward else { continue };
+            let input = self.normed_place(self.x, &layer.ffn_norm, buffers);
+            let mut stretch = || {
+                self.dense_layers(weights, first..index, buffers, pages)?;
+                self.attention(index, layer, buffers, pages)?;
+                self.normed(self.x, &layer.ffn_norm, buffers)?;
+                experts::score(gpu, routed, input, &buffers.experts, routing)
+            };
+            // SAFETY: the pass's memory was taken before it began, and stays until its end, which waits for the device.
+            unsafe { way.stretch(gpu, &mut stretch)? };
+            let delta = buffers.delta.first(self.rows * self.config.d_model);
+            experts::forward(gpu, self.config.activation, routed, input, (buffers, routing), delta)?;
+            self.add_block(delta, &layer.ffn_post_norm, buffers)?;
+            first = index + 1;
+        }
+        let mut stretch = || {
+            self.dense_layers(weights, first..weights.layers.len(), buffers, pages)?;
+            let logits = self.logits(weights, buffers)?;
+            // SAFETY: both are waited for before anybody looks at them.
+            unsafe {
+                logits.copy_out(gpu, logits_out)?;
+                buffers.down.first(self.rows * self.layout.token_bytes()).copy_out(gpu, rows_out)
+            }
+        };
+        // SAFETY: as above.
+        unsafe { way.stretch(gpu, &mut stretch) }
+    }
+
+    /// Layers without experts.
+    fn dense_layers(
+        &self,
+        weights: &Weights,
+        layers: Range<usize>,
+        buffers: &Buffers,
+        pages: &mut PageCache,
+    ) -> Result<(), CudaError> {
+        for index in layers {
+            let layer = &weights.layers[index];
+            self.attention(index, layer, buffers, pages)?;
+            if let FeedForward::Dense(gates) = &layer.feed_forward {
+                let input = self.normed(self.x, &layer.ffn_norm, buffers)?;
+                let delta = buffers.delta.first(self.rows * self.config.d_model);
+                gated(self.gpu, self.config.activation, gates, input, buffers, delta)?;
+                self.add_block(delta, &layer.ffn_post_norm, buffers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a layer's new keys and values.
+    fn layer_down(&self) -> usize {
+        self.rows * self.layout.token_bytes() / self.layout.layers
+    }
+
     /// Norm, projections, rotation, append to the pages, attend, project back, norm, add.
     fn attention(
         &self,
         index: usize,
         layer: &Layer<OnDevice>,
         buffers: &Buffers,
-        down: Span<'_, u8>,
+        pages: &mut PageCache,
     ) -> Result<(), CudaError> {
         let (gpu, config, rows) = (self.gpu, self.config, self.rows);
+        let down = buffers.down.span().part(index * self.layer_down()..(index + 1) * self.layer_down());
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let (q, k, v) = (
             buffers.q.first(rows * q_width),
@@ -301,8 +393,11 @@ impl Pass<'_> {
             segments: self.segments,
             partials: buffers.partials.first(self.partials),
         };
-        // SAFETY: the page cache holds every page of the batch's sequences up to their last rows; rows, tiles and pages are of
-        // the same batch, and this layer's rows are appended before they are attended.
+        // While this layer's projections are computed. In a recorded step nothing is lacking.
+        pages.bring_layer(index)?;
+        // SAFETY: the page cache has places for every page of the batch's sequences up to their last rows, and this layer's
+        // part of them there; rows, tiles and pages are of the same batch, and this layer's rows are appended before they are
+        // attended.
         unsafe {
             gpu.append_kv(&append)?;
             gpu.attend(&attend)?;
@@ -312,35 +407,8 @@ impl Pass<'_> {
         self.add_block(delta, &layer.attn_post_norm, buffers)
     }
 
-    /// Norm, gate and up, activation, down, norm, add; with experts, by those that each row is routed to.
-    fn feed_forward(
-        &self,
-        layer: &Layer<OnDevice>,
-        buffers: &Buffers,
-        routing: &mut experts::Routing,
-    ) -> Result<(), CudaError> {
-        let input = self.normed(self.x, &layer.ffn_norm, buffers)?;
-        let delta = buffers.delta.first(self.rows * self.config.d_model);
-        match &layer.feed_forward {
-            FeedForward::Dense(weights) => {
-                gated(self.gpu, self.config.activation, weights, input, buffers, delta)?;
-            }
-            FeedForward::Experts(weights) => {
-                experts::forward(
-                    self.gpu,
-                    self.config.activation,
-                    weights,
-                    input,
-                    (buffers, routing),
-                    delta,
-                )?;
-            }
-        }
-        self.add_block(delta, &layer.ffn_post_norm, buffers)
-    }
-
     /// Logits of the rows that ask for them.
-    fn logits(&self, weights: &Weights, buffers: &Buffers) -> Result<(), CudaError> {
+    fn logits<'b>(&self, weights: &Weights, buffers: &'b Buffers) -> Result<Span<'b, f32>, CudaError> {
         let (gpu, config, wanted) = (self.gpu, self.config, self.logit_rows.len());
         let hidden = buffers.delta.first(wanted * config.d_model);
         let normed = buffers.normed.first(wanted * config.d_model);
@@ -351,7 +419,10 @@ impl Pass<'_> {
         if config.logit_scale != 1.0 {
             gpu.scale(logits, config.logit_scale)?;
         }
-        config.logit_soft_cap.map_or(Ok(()), |cap| gpu.soft_cap(logits, cap))
+        if let Some(cap) = config.logit_soft_cap {
+            gpu.soft_cap(logits, cap)?;
+        }
+        Ok(logits)
     }
 
     /// `x` after the norm; `x` itself where there is none.
@@ -361,10 +432,21 @@ impl Pass<'_> {
         weight: &Option<DeviceBuffer<f32>>,
         buffers: &'b Buffers,
     ) -> Result<Span<'b, f32>, CudaError> {
-        let Some(weight) = weight else { return Ok(x) };
-        let out = buffers.normed.first(x.len());
-        self.gpu.rms_norm(x, weight.span(), self.config.norm_eps, out)?;
+        let out = self.normed_place(x, weight, buffers);
+        if let Some(weight) = weight {
+            self.gpu.rms_norm(x, weight.span(), self.config.norm_eps, out)?;
+        }
         Ok(out)
+    }
+
+    /// Where [`Pass::normed`] leaves it.
+    fn normed_place<'b>(
+        &'b self,
+        x: Span<'b, f32>,
+        weight: &Option<DeviceBuffer<f32>>,
+        buffers: &'b Buffers,
+    ) -> Span<'b, f32> {
+        if weight.is_some() { buffers.normed.first(x.len()) } else { x }
     }
 
     fn project(

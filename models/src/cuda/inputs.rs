@@ -44,8 +44,9 @@ impl Inputs {
     /// Sends all of it. The device has waited for the last pass's inputs, or there was none.
     pub fn send(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
         let len = self.gathered.len();
-        self.host.grow(len)?;
-        self.device.grow(len, "a pass's inputs")?;
+        // Twice as much at least, since contexts grow page by page, and a new place is a new one for recorded steps.
+        self.host.grow(len.next_power_of_two())?;
+        self.device.grow(len.next_power_of_two(), "a pass's inputs")?;
         self.host.as_mut_slice()[..len].copy_from_slice(&self.gathered);
         // SAFETY: every pass ends with waiting for the device, before the next one writes here.
         unsafe { self.device.first(len).copy_in(gpu, &self.host, 0) }

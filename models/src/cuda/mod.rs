@@ -5,26 +5,33 @@
 
 mod experts;
 mod forward;
+mod graphs;
 mod inputs;
 mod pages;
 mod weights;
 
-use dormouse_kernels::cuda::{CudaError, Pinned};
+use std::sync::Arc;
+
+use dormouse_kernels::cuda::{CudaError, Gpu, Pinned};
 use dormouse_kernels::{Cpu, PageLayout, PagePtr};
 
 use crate::ModelError;
 use crate::decoder::Batch;
 use forward::Buffers;
+use graphs::Graphs;
 use inputs::Inputs;
 use pages::PageCache;
 pub use weights::Weights;
 
 /// What a forward pass on the device needs besides weights, kept from one to the next.
 pub(crate) struct State {
+    /// Beside the one of the weights, which others may compute with, too.
+    gpu: Arc<Gpu>,
     layout: PageLayout,
     pages: PageCache,
     inputs: Inputs,
     buffers: Buffers,
+    graphs: Graphs,
     routing: experts::Routing,
     /// The last pass's, `[logit_rows, vocab]`.
     logits: Vec<f32>,
@@ -35,13 +42,15 @@ pub(crate) struct State {
 
 impl State {
     pub fn new(weights: &Weights, layout: PageLayout) -> Result<State, ModelError> {
-        let gpu = weights.gpu();
         let new = || {
+            let gpu = &weights.gpu().beside()?;
             Ok(State {
+                gpu: Arc::clone(gpu),
                 layout,
                 pages: PageCache::new(gpu, layout, weights.budget_bytes())?,
                 inputs: Inputs::new(gpu)?,
                 buffers: Buffers::new(gpu)?,
+                graphs: Graphs::new(),
                 routing: experts::Routing::new(gpu)?,
                 logits: Vec::new(),
                 logits_out: Pinned::new(gpu, 0)?,
@@ -53,6 +62,11 @@ impl State {
 
     pub fn logits_mut(&mut self) -> &mut [f32] {
         &mut self.logits
+    }
+
+    /// Passes that were asked for as a whole, as they had been recorded.
+    pub fn replays(&self) -> u64 {
+        self.graphs.replays
     }
 
     pub fn check_room(&self, weights: &Weights, pages: usize) -> Result<(), ModelError> {
@@ -88,12 +102,14 @@ impl State {
                 Err(CudaError::NoRoom { .. }) if count > 1 => most = count / 2,
                 // Pages that nobody needs now may be in the way of activations.
                 Err(CudaError::NoRoom { .. }) if !has_given_back => {
-                    weights.gpu().wait().map_err(|error| weights.error(error))?;
+                    self.gpu.wait().map_err(|error| weights.error(error))?;
                     self.pages.give_back();
                     has_given_back = true;
                 }
                 Err(error) => {
-                    // What was half done on the device is no longer what the host has.
+                    // What was half done on the device is no longer what the host has. It may still be at it, and what
+                    // is asked for next must not meet that; should waiting fail too, the first error says more.
+                    let _ = self.gpu.wait();
                     self.pages.forget_all();
                     return Err(weights.error(error));
                 }

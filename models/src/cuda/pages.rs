@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use dormouse_kernels::cpu::attention::Sequence;
-use dormouse_kernels::cuda::{CudaError, DeviceBuffer, Gpu, Pinned};
+use dormouse_kernels::cuda::{CudaError, DeviceBuffer, Gpu, Mark, Pinned, Span, Uploads};
 use dormouse_kernels::{PAGE_TOKENS, PageLayout, PagePtr};
 
 /// Pages on the device begin at multiples of this.
@@ -16,7 +16,7 @@ const ALIGNMENT: usize = 256;
 /// Device memory is taken in pieces of about this many bytes, as it is needed, and never given back: other models on the
 /// same device take theirs meanwhile.
 const PIECE_BYTES: usize = 64 << 20;
-/// Pages go up through pinned memory of about this many bytes at a time.
+/// Pages go up through pinned memory of about this many bytes, one half of which is filled while the other is copied.
 const STAGING_BYTES: usize = 32 << 20;
 /// Without a budget, what is left free when memory is taken: activations and whoever else uses the device need it.
 const LEFT_FREE_BYTES: usize = 512 << 20;
@@ -43,9 +43,55 @@ pub(super) struct PageCache {
     free: Vec<usize>,
     held: HashMap<PagePtr, Held>,
     clock: u64,
-    staging: Pinned<u8>,
-    /// Pages in `staging` that are on their way.
-    staged: usize,
+    /// What the device lacks of the pages of the pass that is being made.
+    coming: Vec<Coming>,
+    uploads: Uploads,
+    staging: Staging,
+    /// Behind the last layer's parts that were sent.
+    arrived: Mark,
+}
+
+/// A page on its way up.
+struct Coming {
+    page: PagePtr,
+    place: usize,
+    /// The positions that the device has once it is there.
+    positions: usize,
+}
+
+/// Pinned memory in two halves.
+struct Staging {
+    memory: Pinned<u8>,
+    /// Behind the copies from each half, when it was left.
+    left: [Mark; 2],
+    half: usize,
+    filled: usize,
+}
+
+impl Staging {
+    fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Staging, CudaError> {
+        let (memory, left) = (Pinned::new(gpu, bytes)?, [Mark::new(gpu)?, Mark::new(gpu)?]);
+        Ok(Staging { memory, left, half: 0, filled: 0 })
+    }
+
+    /// Room for so many bytes, no more than a half, which no copy needs any longer.
+    fn take(&mut self, uploads: &Uploads, bytes: usize) -> Result<usize, CudaError> {
+        let half_bytes = self.memory.len() / 2;
+        if self.filled + bytes > half_bytes {
+            uploads.set(&self.left[self.half])?;
+            (self.half, self.filled) = (1 - self.half, 0);
+            self.left[self.half].wait()?;
+        }
+        let at = self.half * half_bytes + self.filled;
+        self.filled += bytes;
+        Ok(at)
+    }
+}
+
+/// Where a cache begins to take memory.
+struct Sizes {
+    piece_bytes: usize,
+    staging_bytes: usize,
 }
 
 impl PageCache {
@@ -54,14 +100,24 @@ impl PageCache {
         layout: PageLayout,
         budget_bytes: Option<u64>,
     ) -> Result<PageCache, CudaError> {
+        let sizes = Sizes { piece_bytes: PIECE_BYTES, staging_bytes: STAGING_BYTES };
+        PageCache::of_sizes(gpu, layout, budget_bytes, sizes)
+    }
+
+    fn of_sizes(
+        gpu: &Arc<Gpu>,
+        layout: PageLayout,
+        budget_bytes: Option<u64>,
+        sizes: Sizes,
+    ) -> Result<PageCache, CudaError> {
         let stride = layout.page_bytes().next_multiple_of(ALIGNMENT);
         let most_pages = budget_bytes.map(|bytes| (bytes / stride as u64) as usize);
         if most_pages == Some(0) {
             let (what, wanted) = ("KV pages (--device-budget holds not one)", stride);
             return Err(CudaError::NoRoom { what, wanted, free: budget_bytes.unwrap_or(0) as usize });
         }
-        let piece_pages = (PIECE_BYTES / stride).max(1).min(most_pages.unwrap_or(usize::MAX));
-        let staging = Pinned::new(gpu, (STAGING_BYTES / stride).max(1) * stride)?;
+        let piece_pages = (sizes.piece_bytes / stride).max(1).min(most_pages.unwrap_or(usize::MAX));
+        let staging = Staging::new(gpu, sizes.staging_bytes.max(2 * layer_bytes(&layout)))?;
         Ok(PageCache {
             gpu: Arc::clone(gpu),
             layout,
@@ -73,8 +129,10 @@ impl PageCache {
             free: Vec::new(),
             held: HashMap::new(),
             clock: 0,
+            coming: Vec::new(),
+            uploads: Uploads::new(gpu)?,
             staging,
-            staged: 0,
+            arrived: Mark::new(gpu)?,
         })
     }
 
@@ -130,20 +188,20 @@ impl PageCache {
         self.forget_all();
         self.free.clear();
         self.pieces.clear();
-        self.staged = 0;
         self.places = 0;
     }
 
-    /// Brings up what the device lacks of the pages of `sequences`, and makes room for their rows. The device's addresses of
-    /// all their pages, one sequence after the other; of pages that nothing is known of yet, 0.
-    pub fn bring(&mut self, sequences: &[Sequence<'_>]) -> Result<Vec<u64>, CudaError> {
+    /// Makes room for all pages of `sequences`, and notes what the device lacks of them, which [`PageCache::bring_layer`] brings
+    /// up. The device's addresses of all their pages, one sequence after the other; of pages that nothing is known of yet, 0.
+    pub fn place(&mut self, sequences: &[Sequence<'_>]) -> Result<Vec<u64>, CudaError> {
         self.clock += 1;
+        self.coming.clear();
         for page in sequences.iter().flat_map(|sequence| pages_of(sequence)) {
             if let Some(held) = self.held.get_mut(page) {
                 held.last_used = self.clock;
             }
         }
-        let mut addresses = Vec::new();
+        let (mut addresses, mut coming) = (Vec::new(), HashMap::new());
         for sequence in sequences {
             let used = pages_of(sequence).len();
             for (index, page) in sequence.pages.iter().enumerate() {
@@ -151,25 +209,35 @@ impl PageCache {
                     addresses.push(0);
                     continue;
                 }
+                let place = self.place_of(*page)?;
                 let needed = sequence.start.saturating_sub(index * PAGE_TOKENS).min(PAGE_TOKENS);
-                addresses.push(self.bring_page(*page, needed)?);
+                if self.held[page].positions < needed {
+                    // Sequences that begin alike share pages, and may need more of one or less.
+                    let known = coming.entry(*page).or_insert_with(|| {
+                        self.coming.push(Coming { page: *page, place, positions: 0 });
+                        self.coming.len() - 1
+                    });
+                    let positions = &mut self.coming[*known].positions;
+                    *positions = needed.max(*positions);
+                }
+                addresses.push(self.address(place));
             }
         }
         Ok(addresses)
     }
 
-    fn bring_page(&mut self, page: PagePtr, needed: usize) -> Result<u64, CudaError> {
-        if !self.held.contains_key(&page) {
-            let place = self.take_place()?;
-            self.held.insert(page, Held { place, positions: 0, last_used: self.clock });
+    fn place_of(&mut self, page: PagePtr) -> Result<usize, CudaError> {
+        if let Some(held) = self.held.get(&page) {
+            return Ok(held.place);
         }
-        let held = &self.held[&page];
-        let (place, lacks) = (held.place, held.positions < needed);
-        if lacks {
-            self.upload(page, place)?;
-            self.held.entry(page).and_modify(|held| held.positions = needed);
-        }
-        Ok(self.address(place))
+        let place = self.take_place()?;
+        self.held.insert(page, Held { place, positions: 0, last_used: self.clock });
+        Ok(place)
+    }
+
+    /// Whether the device lacks something of the pages that were placed.
+    pub fn lacks_some(&self) -> bool {
+        !self.coming.is_empty()
     }
 
     fn take_place(&mut self) -> Result<usize, CudaError> {
@@ -213,29 +281,39 @@ impl PageCache {
     }
 
     fn address(&self, place: usize) -> u64 {
-        let (piece, index) = (place / self.piece_pages, place % self.piece_pages);
-        self.pieces[piece].span().address() + (index * self.stride) as u64
+        self.span(place).address()
     }
 
-    /// Copies a mapped page up, with what it holds of positions that nobody reads.
-    fn upload(&mut self, page: PagePtr, place: usize) -> Result<(), CudaError> {
-        if (self.staged + 1) * self.stride > self.staging.len() {
-            self.gpu.wait()?;
-            self.staged = 0;
-        }
-        let (bytes, at) = (self.layout.page_bytes(), self.staged * self.stride);
-        self.staging.as_mut_slice()[at..at + bytes].copy_from_slice(page.bytes(&self.layout, 0, bytes));
+    fn span(&self, place: usize) -> Span<'_, u8> {
         let (piece, index) = (place / self.piece_pages, place % self.piece_pages);
-        let to = self.pieces[piece].span().part(index * self.stride..index * self.stride + bytes);
-        // SAFETY: this place of the staging memory is written again only after waiting for the device.
-        unsafe { to.copy_in(&self.gpu, &self.staging, at)? };
-        self.staged += 1;
-        Ok(())
+        self.pieces[piece].span().part(index * self.stride..index * self.stride + self.layout.page_bytes())
+    }
+
+    /// Sends up one layer's part of what the device lacks, with what it holds of positions that nobody reads. What is asked of
+    /// the device from now on finds it there; what was asked for before goes on meanwhile.
+    pub fn bring_layer(&mut self, layer: usize) -> Result<(), CudaError> {
+        if self.coming.is_empty() {
+            return Ok(());
+        }
+        let bytes = layer_bytes(&self.layout);
+        for coming in &self.coming {
+            let at = self.staging.take(&self.uploads, bytes)?;
+            let mapped = coming.page.bytes(&self.layout, layer * bytes, bytes);
+            self.staging.memory.as_mut_slice()[at..at + bytes].copy_from_slice(mapped);
+            let to = self.span(coming.place).part(layer * bytes..(layer + 1) * bytes);
+            // SAFETY: this part of the staging memory is written again once its half's mark was waited for. Passes end with
+            // waiting for the device, even those that fail, so nobody uses what was at this place before.
+            unsafe { self.uploads.copy(&self.staging.memory, at, to)? };
+        }
+        self.uploads.set(&self.arrived)?;
+        self.gpu.wait_for(&self.arrived)
     }
 
     /// After a pass that was waited for: the device and the mapping hold the rows of `sequences`.
     pub fn wrote(&mut self, sequences: &[Sequence<'_>]) {
-        self.staged = 0;
+        for coming in self.coming.drain(..) {
+            self.held.entry(coming.page).and_modify(|held| held.positions = coming.positions);
+        }
         for sequence in sequences {
             let end = sequence.start + sequence.rows;
             for (index, page) in pages_of(sequence).iter().enumerate().skip(sequence.start / PAGE_TOKENS) {
@@ -246,7 +324,15 @@ impl PageCache {
     }
 }
 
+/// A layer's part of a page is in one piece.
+fn layer_bytes(layout: &PageLayout) -> usize {
+    layout.page_bytes() / layout.layers
+}
+
 /// The pages of all positions up to the last row's.
 fn pages_of<'a>(sequence: &Sequence<'a>) -> &'a [PagePtr] {
     &sequence.pages[..(sequence.start + sequence.rows).div_ceil(PAGE_TOKENS)]
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,6 +121,8 @@ fn chunks_single_steps_forks_and_rewinds_give_the_same_bits_in_every_family() {
             pieces.extend(computer.append(&mut session, &[*token]));
         }
         assert!(same_bits(&whole, &pieces), "{}: chunks and steps", case.name);
+        // The first step is done kernel by kernel, the second one recorded.
+        assert!(computer.backend.replays() >= prompt.len() as u64 - 92, "{}", case.name);
     }
 }
 
@@ -142,6 +144,73 @@ fn a_batch_gives_each_of_its_sequences_the_bits_that_it_has_alone() {
         let together = computer.append_all(parts.collect());
         assert!(same_bits(&alone, &together), "{name}");
     }
+}
+
+/// Steps whose sequences change, pages and segments that fill, and buffers that move between them.
+#[test]
+fn recorded_steps_give_each_sequence_the_bits_that_it_has_alone() {
+    for (name, dtype) in [("llama", KvDtype::F16), ("gemma2", KvDtype::Q8_0), ("qwen3_moe", KvDtype::F16)] {
+        let case = case(name);
+        let weights = on_device(&case, Dtype::F32, None);
+        let mut computer = Computer::new(Arc::clone(&weights), dtype);
+        // They end beyond a segment's border, a page's, and before both.
+        let text: Vec<u32> = case.prompt().into_iter().cycle().take(270).collect();
+        let lengths = [252, 124, 5];
+        let alone: Vec<Vec<Vec<f32>>> = lengths
+            .iter()
+            .map(|length| {
+                computer.append(&mut Session::new(&computer, 320), &text[..length + 12]).split_off(*length)
+            })
+            .collect();
+        let mut computer = Computer::new(weights, dtype);
+        let mut sessions: Vec<Session> = lengths.iter().map(|_| Session::new(&computer, 320)).collect();
+        for (session, length) in sessions.iter_mut().zip(lengths) {
+            computer.append(session, &text[..length]);
+        }
+        // The first three are a step kernel by kernel, a recorded one and a replay. The fifth begins the next segment; before
+        // the seventh, which would be a replay, a longer prompt moves the buffers.
+        const STEPS: [usize; 12] =
+            [0b111, 0b111, 0b111, 0b101, 0b101, 0b101, 0b101, 0b111, 0b111, 0b111, 0b101, 0b101];
+        for (number, who) in STEPS.iter().enumerate() {
+            if number == 6 {
+                computer.append(&mut Session::new(&computer, 320), &text);
+            }
+            let who: Vec<usize> = (0..3).filter(|session| who & (1 << session) != 0).collect();
+            let expected: Vec<Vec<f32>> =
+                who.iter().map(|one| alone[*one][sessions[*one].len - lengths[*one]].clone()).collect();
+            let parts = sessions.iter_mut().enumerate().filter(|(one, _)| who.contains(one));
+            let parts = parts.map(|(_, session)| {
+                let at = session.len;
+                (session, &text[at..at + 1])
+            });
+            let got = computer.append_all(parts.collect());
+            assert!(same_bits(&got, &expected), "{name}: step {number}");
+        }
+        assert_eq!(computer.backend.replays(), 3, "{name}");
+    }
+}
+
+/// What one asks for while the other one records must not be recorded. Passes are of some rows each, as where guesses are checked.
+#[test]
+fn two_that_compute_with_the_same_weights_do_not_meet() {
+    let case = case("llama");
+    let weights = on_device(&case, Dtype::F32, None);
+    let prompt = case.prompt();
+    let mut computer = Computer::new(Arc::clone(&weights), KvDtype::F16);
+    let whole = computer.append(&mut Session::new(&computer, 100), &prompt[..60]);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut computer = Computer::new(Arc::clone(&weights), KvDtype::F16);
+                let mut session = Session::new(&computer, 100);
+                for (tokens, expected) in prompt[..60].chunks(3).zip(whole.chunks(3)) {
+                    let got = computer.append(&mut session, tokens);
+                    assert!(same_bits(&got, expected), "position {}", session.len);
+                }
+                assert_eq!(computer.backend.replays(), 18);
+            });
+        }
+    });
 }
 
 #[test]

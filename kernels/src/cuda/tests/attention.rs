@@ -93,8 +93,9 @@ struct Case {
     nan: Option<usize>,
 }
 
-/// The device's attention of all rows, and the CPU's over the same pages.
-fn both(gpu: &Arc<Gpu>, case: &Case, split: bool) -> (Vec<f32>, Vec<f32>) {
+/// The device's attention of all rows, with `split` times the blocks that the longest sequence's segments take, and the CPU's
+/// over the same pages.
+fn both(gpu: &Arc<Gpu>, case: &Case, split: Option<usize>) -> (Vec<f32>, Vec<f32>) {
     let (cpu, layout, heads) = (Cpu::new(1).unwrap(), case.attention.layout, case.attention.heads);
     let mut all: Vec<Pages> = Vec::new();
     for (number, (start, rows)) in case.sequences.iter().enumerate() {
@@ -136,7 +137,8 @@ fn both(gpu: &Arc<Gpu>, case: &Case, split: bool) -> (Vec<f32>, Vec<f32>) {
     attend(&cpu, case.attention, &sequences, &q, &mut expected);
 
     let (tiles, segments) = tiles(&sequences, heads / layout.kv_heads);
-    let partials = if split { positions.len() * heads * segments * (2 + layout.head_dim) } else { 0 };
+    let segments = segments * split.unwrap_or(1);
+    let partials = split.map_or(0, |_| positions.len() * heads * segments * (2 + layout.head_dim));
     let (device_q, out, partials) = (on_device(gpu, &q), room(gpu, q.len()), room(gpu, partials));
     let (tiles, pages, positions) =
         (on_device(gpu, &tiles), on_device(gpu, &device_pages), on_device(gpu, &positions));
@@ -169,12 +171,19 @@ fn attention_is_that_of_the_cpu_over_the_same_pages() {
             [(2, None, None), (6, Some(70), None), (4, None, Some(2.0)), (18, Some(300), Some(5.0))]
         {
             let case = case(layout, heads, window, soft_cap);
-            let (got, expected) = both(&gpu, &case, false);
+            let (got, expected) = both(&gpu, &case, None);
             for (at, (got, expected)) in got.iter().zip(&expected).enumerate() {
                 let what = format!("{layout:?} {heads} heads, window {window:?}, cap {soft_cap:?}, at {at}");
                 assert!((got - expected).abs() < 3e-6, "{what}: {got} for {expected}");
             }
-            assert_eq!(bits(&both(&gpu, &case, true).0), bits(&got), "{layout:?} split by segments");
+            for more in [1, 2] {
+                let split = both(&gpu, &case, Some(more)).0;
+                assert_eq!(
+                    bits(&split),
+                    bits(&got),
+                    "{layout:?} split by segments, {more} times as many blocks"
+                );
+            }
         }
     }
 }
@@ -184,7 +193,7 @@ fn heads_wider_than_a_block_are_attended_too() {
     let gpu = gpu();
     for head_dim in [256, 320, 512] {
         let layout = PageLayout { layers: 2, kv_heads: 1, head_dim, dtype: KvDtype::F16 };
-        let (got, expected) = both(&gpu, &case(layout, 2, Some(100), None), true);
+        let (got, expected) = both(&gpu, &case(layout, 2, Some(100), None), Some(1));
         let largest = got.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
         assert!(largest < 5e-6, "{head_dim}: {largest}");
     }
@@ -198,10 +207,10 @@ fn a_rows_bits_do_not_depend_on_the_rows_beside_it() {
             let layout = PageLayout { layers: 2, kv_heads: 2, head_dim: 64, dtype };
             let attention = Attention { layout, layer: 1, heads: 6, scale: 0.2, window, soft_cap: None };
             let width = attention.heads * layout.head_dim;
-            let (whole, _) = both(&gpu, &Case { attention, sequences: vec![(0, 290)], nan: None }, false);
+            let (whole, _) = both(&gpu, &Case { attention, sequences: vec![(0, 290)], nan: None }, None);
             for (start, rows) in [(289, 1), (250, 40), (100, 7), (255, 2), (0, 1)] {
                 let (part, _) =
-                    both(&gpu, &Case { attention, sequences: vec![(start, rows)], nan: None }, true);
+                    both(&gpu, &Case { attention, sequences: vec![(start, rows)], nan: None }, Some(1));
                 let same = bits(&part) == bits(&whole[start * width..(start + rows) * width]);
                 assert!(same, "{dtype:?}, window {window:?}: {rows} rows from {start} on");
             }
@@ -216,8 +225,8 @@ fn what_a_row_does_not_see_does_not_touch_it_whatever_it_holds() {
     let attention = Attention { layout, layer: 1, heads: 1, scale: 0.2, window: Some(40), soft_cap: None };
     // Position 21 is seen by rows 21 to 60, and not by those around them that share a tile with some of these.
     let sequences = vec![(10, 70)];
-    let (sound, _) = both(&gpu, &Case { attention, sequences: sequences.clone(), nan: None }, false);
-    let (broken, _) = both(&gpu, &Case { attention, sequences, nan: Some(21) }, false);
+    let (sound, _) = both(&gpu, &Case { attention, sequences: sequences.clone(), nan: None }, None);
+    let (broken, _) = both(&gpu, &Case { attention, sequences, nan: Some(21) }, None);
     for row in 0..70 {
         let values = row * 64..(row + 1) * 64;
         if (21..=60).contains(&(row + 10)) {

@@ -1,13 +1,15 @@
 //! The kernels against f64 and the CPU's. They need a device, or the emulated one that `scripts/check_cuda` brings along.
 
 mod attention;
+mod graph;
 mod products;
 mod rows;
+mod uploads;
 
 use std::sync::Arc;
 
 use super::memory::Plain;
-use super::{DeviceBuffer, Gpu, Pinned, Span};
+use super::{CudaError, DeviceBuffer, Gpu, Pinned, Span};
 
 fn gpu() -> Arc<Gpu> {
     Gpu::open(0)

@@ -41,7 +41,7 @@ fn what_is_done_value_by_value_is_what_the_cpu_does() {
     let (gpu, cpu) = (gpu(), Cpu::new(1).unwrap());
     let (x, other) = (spread(7 * 100, 1), spread(7 * 100, 2));
     type OnCpu = fn(&Cpu, &mut [f32], &[f32]);
-    type OnGpu = fn(&Gpu, Span<'_, f32>, Span<'_, f32>) -> Result<(), crate::cuda::CudaError>;
+    type OnGpu = fn(&Gpu, Span<'_, f32>, Span<'_, f32>) -> Result<(), CudaError>;
     let cases: [(&str, OnCpu, OnGpu); 6] = [
         ("silu", norm::silu_gate, Gpu::silu_gate),
         ("gelu", norm::gelu_gate, Gpu::gelu_gate),
