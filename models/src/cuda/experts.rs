@@ -68,7 +68,7 @@ pub(super) fn forward(
     let Routed { settings, router, experts } = weights;
     let (own, d) = (&buffers.experts, router.cols);
     let scores = own.scores.first(x.len() / d * settings.count);
-    gpu.matmul(router, x, scores)?;
+    gpu.matmul(x, &buffers.rounded, &[(router, scores)])?;
     routing.scores.grow(scores.len())?;
     // SAFETY: the next line waits for it.
     unsafe { scores.copy_out(gpu, &mut routing.scores)? };
