@@ -19,12 +19,13 @@ static constexpr int WARP = 32;
 // A kernel takes one argument, a struct that the host fills in with the same layout.
 #define KERNEL(name, Args) extern "C" __global__ void __launch_bounds__(256, 1) name(const __grid_constant__ Args args)
 #define DEVICE __device__ __forceinline__
-// Shared memory whose size the launch says.
+// Shared memory whose size the launch says; it begins at a multiple of 16 bytes.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
 
 DEVICE float half_to_float(u16 bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE u16 float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 #endif
 

@@ -1,16 +1,38 @@
-// out[token, row] = sum over k of x[token, k] * weights[row, k].
+// out[token, row] = sum over k of x[token, k] * weights[row, k], on tensor cores.
 //
-// One order of additions, which K alone fixes: slabs of 128 consecutive k are each summed by one chain of fused multiply-adds
-// with k ascending, and the slabs' sums are added in order. Both kernels keep it, so a row's bits are the same whether it comes
-// alone or with five hundred others.
+// One order of additions, which K alone fixes: slabs of 256 consecutive k are each summed by one chain of `mma` instructions
+// with k ascending, and the slabs' sums are added in order, in f32. The kernels for few tokens (matmul_few.cu) and for many
+// (matmul_many.cu) both keep it, and an element's chain knows nothing of its neighbours: a row's bits are the same whether it
+// comes alone or with five hundred others.
+//
+// A thread's fragments hold two k of each half of a step of sixteen. Which k these are is ours to say, as long as weights and
+// activations agree: of a run of 32 k, the threads of a group of four take eight consecutive k each, four for the first step
+// and four for the second. So a thread has its fragments of two steps in one octet, which is one load of 16 bytes.
 #pragma once
 #include "quant.cuh"
+#include "tensor.cuh"
 
-static constexpr u32 SLAB = 128;
+static constexpr u32 SLAB = 256;
+static constexpr u32 SLAB_RUNS = SLAB / RUN;
+static constexpr u32 WARPS = BLOCK_THREADS / WARP;
+
+// Into how many 16-bit floats an activation is split, each of them a product with the weight: two parts of f16 keep 22 bits of
+// an activation and two of bf16 keep 16, beside weights that are exact. Beside quantised weights, which are rounded to f16
+// when they are decoded, one part of f16 loses no more than they do. `ACTIVATIONS` in kernels/src/cuda/products.rs agrees.
+template <typename Type>
+static constexpr u32 PARTS = Type::IS_FLOAT ? 2 : 1;
+
+// Decoded weights are multiplied by this before they are rounded to f16: it has eleven bits for magnitudes from 2^-14 on, and
+// that is 2^-20 (0.00000095) for weights then, while those of up to 1023 stay finite.
+static constexpr float WEIGHT_FACTOR = 64.0f;
 
 struct MatmulArgs {
     const u8* weights;
-    const float* x;
+    // [runs, parts, tokens, 32]: what `round_activations` makes, as octets.
+    const uint4* x;
+    // Of each token.
+    const float* factors;
+    // [tokens, rows]
     float* out;
     u64 row_bytes;
     u32 rows;
@@ -19,127 +41,87 @@ struct MatmulArgs {
     u32 tokens;
 };
 
-// Up to `TOKENS` tokens a block (block.y), as when turns decode: what counts is reading weights once. A thread sums a slab of a
-// row; `SLABS` threads share a row, so that as many of a pass's activations as fit lie in shared memory.
-template <typename Run, u32 TOKENS, u32 SLABS>
-DEVICE void matmul_few(const MatmulArgs& args) {
-    constexpr u32 ROWS = BLOCK_THREADS / SLABS;
-    // Four more than a slab: threads that read the same place of neighbouring slabs then use different banks.
-    constexpr u32 STRIDE = SLAB + 4;
-    __shared__ __align__(16) float x[TOKENS][SLABS][STRIDE];
-    __shared__ float sums[ROWS][TOKENS][SLABS];
-    const u32 lane = threadIdx.x % SLABS, own_row = threadIdx.x / SLABS;
-    const u32 row = blockIdx.x * ROWS + own_row, first_token = blockIdx.y * TOKENS;
-    const u32 slabs = (args.cols + SLAB - 1) / SLAB;
-    // The sum that this thread adds up and writes.
-    const u32 total_row = threadIdx.x / TOKENS, total_token = threadIdx.x % TOKENS;
-    float total = 0.0f;
-    for (u32 pass = 0; pass < slabs; pass += SLABS) {
-        for (u32 i = threadIdx.x; i < TOKENS * SLABS * SLAB; i += BLOCK_THREADS) {
-            const u32 token = i / (SLABS * SLAB), at = i % (SLABS * SLAB), k = pass * SLAB + at;
-            const bool there = first_token + token < args.tokens && k < args.cols;
-            x[token][at / SLAB][at % SLAB] =
-                there ? args.x[static_cast<u64>(first_token + token) * args.cols + k] : 0.0f;
-        }
-        __syncthreads();
-        float sum[TOKENS];
+DEVICE u32 runs_of(const MatmulArgs& args) { return (args.cols + RUN - 1) / RUN; }
+
+// What a token's sums are multiplied with in the end, a power of two.
+template <typename Type>
+DEVICE float factor_of(const MatmulArgs& args, u32 token) {
+    return Type::IS_FLOAT ? args.factors[token] : args.factors[token] * (1.0f / WEIGHT_FACTOR);
+}
+
+// Of a run, the products of 16 rows with 8 tokens: `low` and `high` are this thread's octets of two rows that are eight apart.
+template <typename Type>
+DEVICE void multiply_run(float (&sum)[4], const uint4& low, const uint4& high, const uint4 (&x)[PARTS<Type>]) {
+    const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
-        for (u32 token = 0; token < TOKENS; token++) sum[token] = 0.0f;
-        const u32 slab = pass + lane;
-        if (row < args.rows && slab < slabs) {
-            const u8* weights = args.weights + row * args.row_bytes;
-            const u32 end = smaller(args.cols, (slab + 1) * SLAB);
-            for (u32 k = slab * SLAB; k < end; k += RUN) {
-                const Run run(weights, k / RUN);
-#pragma unroll
-                for (u32 o = 0; o < RUN / 8; o++) {
-                    if (k + o * 8 >= end) break;
-                    float w[8];
-                    run.octet(o, w);
-                    const u32 at = k % SLAB + o * 8;
-#pragma unroll
-                    for (u32 token = 0; token < TOKENS; token++) {
-                        const float4 a = *reinterpret_cast<const float4*>(&x[token][lane][at]);
-                        const float4 b = *reinterpret_cast<const float4*>(&x[token][lane][at + 4]);
-                        float s = sum[token];
-                        s = fmaf(w[0], a.x, s);
-                        s = fmaf(w[1], a.y, s);
-                        s = fmaf(w[2], a.z, s);
-                        s = fmaf(w[3], a.w, s);
-                        s = fmaf(w[4], b.x, s);
-                        s = fmaf(w[5], b.y, s);
-                        s = fmaf(w[6], b.z, s);
-                        s = fmaf(w[7], b.w, s);
-                        sum[token] = s;
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (u32 token = 0; token < TOKENS; token++) sums[own_row][token][lane] = sum[token];
-        __syncthreads();
-        if (total_row < ROWS) {
-            const u32 there = smaller(SLABS, slabs - pass);
-            for (u32 i = 0; i < there; i++) total = total + sums[total_row][total_token][i];
+    for (u32 part = 0; part < PARTS<Type>; part++) {
+        if constexpr (Type::IS_BRAIN) {
+            multiply_brains(sum, first, x[part].x, x[part].y);
+        } else {
+            multiply_halves(sum, first, x[part].x, x[part].y);
         }
     }
-    const u32 out_row = blockIdx.x * ROWS + total_row, token = first_token + total_token;
-    if (total_row < ROWS && out_row < args.rows && token < args.tokens) {
-        args.out[static_cast<u64>(token) * args.rows + out_row] = total;
+#pragma unroll
+    for (u32 part = 0; part < PARTS<Type>; part++) {
+        if constexpr (Type::IS_BRAIN) {
+            multiply_brains(sum, second, x[part].z, x[part].w);
+        } else {
+            multiply_halves(sum, second, x[part].z, x[part].w);
+        }
     }
 }
 
-// Tiles of 64 rows and 64 tokens, as when prompts are read: every weight is decoded once for 64 tokens. A thread sums four rows
-// times four tokens.
-template <typename Run>
-DEVICE void matmul_many(const MatmulArgs& args) {
-    constexpr u32 TILE = 64, STRIDE = TILE + 4;
-    __shared__ __align__(16) float w[RUN][STRIDE];
-    __shared__ __align__(16) float x[RUN][STRIDE];
-    const u32 first_row = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
-    const u32 own_row = threadIdx.x % 16 * 4, own_token = threadIdx.x / 16 * 4;
-    // What this thread decodes, an octet of a row's run, and copies, that of a token's.
-    const u32 source = threadIdx.x / 4, o = threadIdx.x % 4;
-    const u32 weight_row = first_row + source, token = first_token + source;
-    float total[4][4], sum[4][4];
-#pragma unroll
-    for (u32 i = 0; i < 16; i++) total[i / 4][i % 4] = sum[i / 4][i % 4] = 0.0f;
-    for (u32 k = 0; k < args.cols; k += RUN) {
-        const bool there = k + o * 8 < args.cols;
-        float values[8];
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) values[i] = 0.0f;
-        if (there && weight_row < args.rows) Run(args.weights + weight_row * args.row_bytes, k / RUN).octet(o, values);
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) w[o * 8 + i][source] = values[i];
-        const float* from = args.x + static_cast<u64>(token) * args.cols + k + o * 8;
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) x[o * 8 + i][source] = there && token < args.tokens ? from[i] : 0.0f;
-        __syncthreads();
-        const u32 there_k = smaller(RUN, args.cols - k);
-        for (u32 i = 0; i < there_k; i++) {
-            const float4 a = *reinterpret_cast<const float4*>(&w[i][own_row]);
-            const float4 b = *reinterpret_cast<const float4*>(&x[i][own_token]);
-            const float rows[4] = {a.x, a.y, a.z, a.w}, tokens[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-            for (u32 r = 0; r < 4; r++) {
-#pragma unroll
-                for (u32 t = 0; t < 4; t++) sum[r][t] = fmaf(rows[r], tokens[t], sum[r][t]);
+// Quantised weights come from a stage: a warp's own shared memory, into which it copies the bytes of a slab of `ROWS` rows as
+// they are, in pieces of 16 bytes, whatever the blocks' alignment. Rows there begin where they begin within such a piece.
+template <typename Type, u32 ROWS>
+struct Stage {
+    static constexpr u32 SLAB_BYTES = SLAB / Type::VALUES * Type::BYTES;
+    static constexpr u32 LOWEST_BIT = Type::BYTES & (~Type::BYTES + 1), ALIGNMENT = LOWEST_BIT < 16 ? LOWEST_BIT : 16;
+    static constexpr u32 PIECES = (SLAB_BYTES + (16 - ALIGNMENT) + 15) / 16;
+    // An odd number of pieces, so that the same place of eight rows lies in different banks.
+    static constexpr u32 STRIDE = (PIECES | 1) * 16;
+    static constexpr u32 BYTES = ROWS * STRIDE;
+
+    const MatmulArgs& args;
+    u8* memory;
+    u32 first_row;
+
+    // Begins to copy; rows that there are not stay what they were. No lane may still be decoding.
+    DEVICE void fetch(u32 slab) const {
+        const u64 all_bytes = args.rows * args.row_bytes;
+        const u64 slab_begin = static_cast<u64>(slab) * SLAB_BYTES;
+        const u64 rest = args.row_bytes - slab_begin, slab_bytes = rest < SLAB_BYTES ? rest : SLAB_BYTES;
+        for (u32 i = threadIdx.x % WARP; i < ROWS * PIECES; i += WARP) {
+            const u32 row = i / PIECES, piece = i % PIECES;
+            const u64 begin = (first_row + row) * args.row_bytes + slab_begin;
+            const u64 at = begin / 16 * 16 + piece * 16;
+            if (first_row + row < args.rows && at < begin + slab_bytes) {
+                const u32 there = static_cast<u32>(all_bytes - at < 16 ? all_bytes - at : 16);
+                copy_16(memory + row * STRIDE + piece * 16, args.weights + at, there);
             }
         }
-        if ((k + RUN) % SLAB == 0 || k + RUN >= args.cols) {
+    }
+
+    // Octet `o` of a run of the slab, as f16.
+    DEVICE uint4 octet(u32 row, u32 slab, u32 run, u32 o) const {
+        const u64 begin = (first_row + row) * args.row_bytes + static_cast<u64>(slab) * SLAB_BYTES;
+        const u8* bytes = memory + row * STRIDE + static_cast<u32>(begin % 16);
+        float w[8];
+        Type(bytes, run).octet(o, w);
+        u32 halves[4];
 #pragma unroll
-            for (u32 i = 0; i < 16; i++) {
-                total[i / 4][i % 4] = total[i / 4][i % 4] + sum[i / 4][i % 4];
-                sum[i / 4][i % 4] = 0.0f;
-            }
-        }
-        __syncthreads();
+        for (u32 i = 0; i < 4; i++) halves[i] = pack_halves(w[2 * i] * WEIGHT_FACTOR, w[2 * i + 1] * WEIGHT_FACTOR);
+        return uint4{halves[0], halves[1], halves[2], halves[3]};
     }
-    for (u32 t = 0; t < 4; t++) {
-        for (u32 r = 0; r < 4; r++) {
-            const u32 row = first_row + own_row + r, at = first_token + own_token + t;
-            if (row < args.rows && at < args.tokens) args.out[static_cast<u64>(at) * args.rows + row] = total[r][t];
-        }
-    }
-}
+};
+
+// Bytes of the stage for `ROWS` rows. Floats need none, but arrays have a size.
+template <typename Type, u32 ROWS, bool = Type::IS_FLOAT>
+struct StageBytes {
+    static constexpr u32 VALUE = Stage<Type, ROWS>::BYTES;
+};
+
+template <typename Type, u32 ROWS>
+struct StageBytes<Type, ROWS, true> {
+    static constexpr u32 VALUE = 16;
+};

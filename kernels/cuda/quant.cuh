@@ -1,10 +1,17 @@
-// Weights as they lie in a model's file, decoded where they are multiplied. Each type names a run of 32 values of a row:
-// the constructor reads its scales, `octet(o, out)` decodes values 8 o to 8 o + 7. The arithmetic is that of
+// Weights as they lie in a model's file, decoded where they are multiplied. Each quantised type names a run of 32 values of a
+// row: the constructor reads its scales, `octet(o, out)` decodes values 8 o to 8 o + 7. The arithmetic is that of
 // kernels/src/quant.rs, operation by operation; nothing here may be contracted to fused multiply-adds (-fmad=false).
 #pragma once
 #include "common.cuh"
 
 static constexpr u32 RUN = 32;
+
+// Of a type, the values and the bytes of a block.
+template <u32 OWN_VALUES, u32 OWN_BYTES>
+struct Quantised {
+    static constexpr bool IS_FLOAT = false, IS_BRAIN = false;
+    static constexpr u32 VALUES = OWN_VALUES, BYTES = OWN_BYTES;
+};
 
 DEVICE float half_at(const u8* block, int at) { return half_to_float(*reinterpret_cast<const u16*>(block + at)); }
 
@@ -23,28 +30,13 @@ struct Bytes8 {
 
 DEVICE float from_signed(u32 byte) { return static_cast<float>(static_cast<signed char>(byte)); }
 
-struct F32 {
-    const float* values;
-    DEVICE F32(const u8* row, u32 run) : values(reinterpret_cast<const float*>(row) + run * RUN) {}
-    DEVICE void octet(u32 o, float* out) const {
-        for (u32 i = 0; i < 8; i++) out[i] = values[o * 8 + i];
-    }
-};
-
+// Floats of 16 bits go to tensor cores as they are.
 struct F16 {
-    const u16* values;
-    DEVICE F16(const u8* row, u32 run) : values(reinterpret_cast<const u16*>(row) + run * RUN) {}
-    DEVICE void octet(u32 o, float* out) const {
-        for (u32 i = 0; i < 8; i++) out[i] = half_to_float(values[o * 8 + i]);
-    }
+    static constexpr bool IS_FLOAT = true, IS_BRAIN = false;
 };
 
 struct BF16 {
-    const u16* values;
-    DEVICE BF16(const u8* row, u32 run) : values(reinterpret_cast<const u16*>(row) + run * RUN) {}
-    DEVICE void octet(u32 o, float* out) const {
-        for (u32 i = 0; i < 8; i++) out[i] = bits_to_float(static_cast<u32>(values[o * 8 + i]) << 16);
-    }
+    static constexpr bool IS_FLOAT = true, IS_BRAIN = true;
 };
 
 // Of the simple types, value j is the low nibble of byte j, value j + 16 its high nibble.
@@ -56,7 +48,7 @@ struct Nibbles {
     DEVICE int operator[](u32 i) const { return static_cast<int>((bytes[i] >> shift) & 0x0fu); }
 };
 
-struct Q4_0 {
+struct Q4_0 : Quantised<32, 18> {
     const u8* block;
     float d;
     DEVICE Q4_0(const u8* row, u32 run) : block(row + run * 18), d(half_at(block, 0)) {}
@@ -66,7 +58,7 @@ struct Q4_0 {
     }
 };
 
-struct Q4_1 {
+struct Q4_1 : Quantised<32, 20> {
     const u8* block;
     float d, m;
     DEVICE Q4_1(const u8* row, u32 run) : block(row + run * 20), d(half_at(block, 0)), m(half_at(block, 2)) {}
@@ -76,7 +68,7 @@ struct Q4_1 {
     }
 };
 
-struct Q5_0 {
+struct Q5_0 : Quantised<32, 22> {
     const u8* block;
     float d;
     u32 high;
@@ -93,7 +85,7 @@ struct Q5_0 {
     }
 };
 
-struct Q5_1 {
+struct Q5_1 : Quantised<32, 24> {
     const u8* block;
     float d, m;
     u32 high;
@@ -109,7 +101,7 @@ struct Q5_1 {
     }
 };
 
-struct Q8_0 {
+struct Q8_0 : Quantised<32, 34> {
     const u8* block;
     float d;
     DEVICE Q8_0(const u8* row, u32 run) : block(row + run * 34), d(half_at(block, 0)) {}
@@ -122,7 +114,7 @@ struct Q8_0 {
 // Of the types with blocks of 256 values, run j of a block is its values 32 j to 32 j + 31; sixteens of Q2_K, Q3_K and Q6_K
 // have a scale each.
 
-struct Q2_K {
+struct Q2_K : Quantised<256, 84> {
     const u8* quants;
     u32 shift;
     float scale[2], minimum[2];
@@ -145,7 +137,7 @@ struct Q2_K {
     }
 };
 
-struct Q3_K {
+struct Q3_K : Quantised<256, 110> {
     const u8* high;
     const u8* quants;
     u32 j;
@@ -185,7 +177,7 @@ DEVICE void scale_and_minimum(const u8* packed, u32 j, u32& scale, u32& minimum)
     }
 }
 
-struct Q4_K {
+struct Q4_K : Quantised<256, 144> {
     const u8* quants;
     u32 shift;
     float scale, minimum;
@@ -205,7 +197,7 @@ struct Q4_K {
     }
 };
 
-struct Q5_K {
+struct Q5_K : Quantised<256, 176> {
     const u8* block;
     // Run of the block.
     u32 j;
@@ -225,7 +217,7 @@ struct Q5_K {
     }
 };
 
-struct Q6_K {
+struct Q6_K : Quantised<256, 210> {
     const u8* low;
     const u8* high;
     u32 low_shift, high_shift;
@@ -264,7 +256,7 @@ DEVICE Levels iq4_levels() { return Levels{{0xbfad9881u, 0xf6eaddcfu, 0x26190d01
 // 0 1 2 3 4 6 8 12, and the same negative
 DEVICE Levels mxfp4_levels() { return Levels{{0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu}}; }
 
-struct IQ4_NL {
+struct IQ4_NL : Quantised<32, 18> {
     const u8* block;
     float d;
     DEVICE IQ4_NL(const u8* row, u32 run) : block(row + run * 18), d(half_at(block, 0)) {}
@@ -275,7 +267,7 @@ struct IQ4_NL {
     }
 };
 
-struct IQ4_XS {
+struct IQ4_XS : Quantised<256, 136> {
     const u8* quants;
     float scale;
     DEVICE IQ4_XS(const u8* row, u32 run) {
@@ -293,7 +285,7 @@ struct IQ4_XS {
     }
 };
 
-struct MXFP4 {
+struct MXFP4 : Quantised<32, 17> {
     const u8* block;
     float d;
     DEVICE MXFP4(const u8* row, u32 run) : block(row + run * 17) {
@@ -307,7 +299,7 @@ struct MXFP4 {
     }
 };
 
-// Every type that weights may have: X(name in kernel names).
-#define EACH_WEIGHT_TYPE(X) \
-    X(F32) X(F16) X(BF16) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) \
-    X(IQ4_XS) X(MXFP4)
+// Every type of weights that tensor cores multiply: X(name in kernel names).
+#define EACH_TENSOR_TYPE(X) \
+    X(F16) X(BF16) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) \
+    X(MXFP4)

@@ -13,11 +13,14 @@ using namespace emulator;
 
 namespace {
 
+enum FunctionAttribute { MaxDynamicSharedSizeBytes = 8 };
 enum Attribute { MultiprocessorCount = 16, ComputeMajor = 75, ComputeMinor = 76 };
 
 constexpr size_t PAGE = 4096;
 constexpr size_t ALIGNMENT = 256;
-constexpr size_t STATIC_SHARED_MOST = 48 << 10;
+// Dynamic shared memory of a block: without asking, and where the function was told that it may be more, what every device of
+// compute capability 8.0 to 9.0 has.
+constexpr int SHARED_WITHOUT_ASKING = 48 << 10, SHARED_MOST = 99 << 10;
 // Fresh memory holds no numbers, so that what is read before it is written shows; of large pieces that would take too long.
 constexpr size_t FILLED_MOST = 16 << 20;
 
@@ -27,6 +30,7 @@ struct Allocation {
 };
 
 std::map<u64, Allocation> allocations;
+std::map<const emulator::Kernel*, int> shared_most;
 size_t used_bytes = 0;
 
 size_t total_bytes() {
@@ -187,11 +191,22 @@ int cuModuleGetFunction(const emulator::Kernel** function, void*, const char* na
     return *function ? Success : NotFound;
 }
 
-int cuFuncSetAttribute(const emulator::Kernel*, int, int) { return Success; }
+int cuFuncSetAttribute(const emulator::Kernel* kernel, int attribute, int value) {
+    if (attribute != MaxDynamicSharedSizeBytes || value < 0 || value > SHARED_MOST) return InvalidValue;
+    const std::lock_guard<std::mutex> guard(lock);
+    shared_most[kernel] = value;
+    return Success;
+}
 
 int cuLaunchKernel(const emulator::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned shared_bytes, Stream* stream, void** parameters, void**) {
-    if (shared_bytes > STATIC_SHARED_MOST || x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535) return InvalidValue;
+    if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535) return InvalidValue;
+    {
+        const std::lock_guard<std::mutex> guard(lock);
+        const auto told = shared_most.find(kernel);
+        const int most = told == shared_most.end() ? SHARED_WITHOUT_ASKING : told->second;
+        if (shared_bytes > static_cast<unsigned>(most)) return InvalidValue;
+    }
     const char* bytes = static_cast<const char*>(parameters[0]);
     const std::vector<char> arguments(bytes, bytes + kernel->argument_bytes);
     return queue(stream, [=] { emulator::run(*kernel, arguments.data(), {x, y, z}, threads, shared_bytes); });

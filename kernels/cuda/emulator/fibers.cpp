@@ -1,7 +1,7 @@
 // Runs a kernel's blocks: every thread of a block is a fiber with a stack of its own, which runs until it waits for others.
 // Odd blocks run their threads backwards, so that a missing barrier shows as a result that depends on the block.
 
-#include "../common.cuh"
+#include "fragments.hpp"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -15,7 +15,7 @@
 
 namespace emulator {
 
-thread_local Index thread_index, block_index;
+__thread Index thread_index, block_index;
 
 namespace {
 
@@ -24,12 +24,32 @@ constexpr u32 MOST_THREADS = 1024;
 
 enum class State { Ready, AtBlockBarrier, AtWarpBarrier, Done };
 
+// Sixteen bytes on their way to shared memory.
+struct Copy {
+    void* to;
+    const void* from;
+    u32 bytes;
+};
+
+// What the lanes of a warp do together.
+enum class Meeting { Barrier, Exchange, MultiplyHalves, MultiplyBrains };
+
+struct Warp {
+    Meeting meeting;
+    u32 arrived = 0;
+    // Of each lane: what it brings, and what it takes.
+    float given[WARP], taken[WARP];
+    u32 from[WARP];
+    Fragments fragments[WARP];
+};
+
 struct Fiber {
     std::unique_ptr<char[]> stack;
     ucontext_t first;
     jmp_buf place;
     bool begun = false;
     State state = State::Done;
+    std::vector<Copy> copies;
 };
 
 // What a thread of the operating system has to run blocks with.
@@ -40,10 +60,12 @@ struct Runner {
     Body body = nullptr;
     const void* arguments = nullptr;
     std::vector<float> shared;
-    float exchanged[MOST_THREADS];
+    Warp warps[MOST_THREADS / WARP];
 };
 
-thread_local Runner runner;
+thread_local Runner own_runner;
+// The same, without asking whether it was made: it is used at every step of every thread.
+__thread Runner* runner;
 
 [[noreturn]] void fail(const char* what) {
     fprintf(stderr, "emulated CUDA device: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
@@ -51,21 +73,22 @@ thread_local Runner runner;
 }
 
 void leave(State state) {
-    Fiber& fiber = runner.fibers[runner.current];
+    Fiber& fiber = runner->fibers[runner->current];
     fiber.state = state;
-    if (_setjmp(fiber.place) == 0) _longjmp(runner.scheduler, 1);
+    if (_setjmp(fiber.place) == 0) _longjmp(runner->scheduler, 1);
 }
 
 void fiber_main() {
     for (;;) {
-        runner.body(runner.arguments);
+        runner->body(runner->arguments);
+        runner->fibers[runner->current].copies.clear();
         leave(State::Done);
     }
 }
 
 // Until the thread waits or is done.
 void resume(u32 index) {
-    Runner& own = runner;
+    Runner& own = *runner;
     Fiber& fiber = own.fibers[index];
     own.current = index;
     thread_index = {index, 0, 0};
@@ -83,27 +106,37 @@ void resume(u32 index) {
 
 // Lets those go on that everybody waits for. False: all are done.
 bool release(u32 threads) {
-    std::vector<Fiber>& fibers = runner.fibers;
-    u32 waiting = 0, done = 0;
+    std::vector<Fiber>& fibers = runner->fibers;
+    u32 ready = 0, waiting = 0, done = 0;
     for (u32 i = 0; i < threads; i++) {
+        ready += fibers[i].state == State::Ready;
         waiting += fibers[i].state == State::AtBlockBarrier;
         done += fibers[i].state == State::Done;
     }
     if (done == threads) return false;
-    if (waiting == threads) {
-        for (u32 i = 0; i < threads; i++) fibers[i].state = State::Ready;
-        return true;
-    }
-    bool released = false;
-    for (u32 warp = 0; warp < threads; warp += WARP) {
-        u32 lanes = 0;
-        for (u32 i = warp; i < warp + WARP; i++) lanes += fibers[i].state == State::AtWarpBarrier;
-        if (lanes < WARP) continue;
-        for (u32 i = warp; i < warp + WARP; i++) fibers[i].state = State::Ready;
-        released = true;
-    }
-    if (!released) fail("threads wait for others that are done or wait elsewhere");
+    if (ready > 0) return true;
+    if (waiting < threads) fail("threads wait for others that are done or wait elsewhere");
+    for (u32 i = 0; i < threads; i++) fibers[i].state = State::Ready;
     return true;
+}
+
+Warp& own_warp() { return runner->warps[runner->current / WARP]; }
+
+// True for the lane that comes last, which does what there is to do with what all brought and then lets the others go.
+bool meet(Meeting meeting) {
+    Warp& warp = own_warp();
+    if (warp.arrived > 0 && warp.meeting != meeting) fail("lanes of a warp meet in different instructions");
+    warp.meeting = meeting;
+    warp.arrived++;
+    if (warp.arrived == WARP) return true;
+    leave(State::AtWarpBarrier);
+    return false;
+}
+
+void let_go() {
+    const u32 first = runner->current / WARP * WARP;
+    own_warp().arrived = 0;
+    for (u32 i = first; i < first + WARP; i++) runner->fibers[i].state = State::Ready;
 }
 
 std::map<std::string, const Kernel*>& kernels() {
@@ -125,19 +158,53 @@ const Kernel* find_kernel(const char* name) {
 
 void synchronise_block() { leave(State::AtBlockBarrier); }
 
-float exchange_in_warp(float value, int lanes) {
-    const u32 own = thread_index.x;
-    runner.exchanged[own] = value;
-    leave(State::AtWarpBarrier);
-    const float other = runner.exchanged[own ^ static_cast<u32>(lanes)];
-    leave(State::AtWarpBarrier);
-    return other;
+void synchronise_warp() {
+    if (meet(Meeting::Barrier)) let_go();
 }
 
-float* dynamic_shared() { return runner.shared.data(); }
+float exchange_in_warp(float value, int lanes) {
+    Warp& warp = own_warp();
+    const u32 lane = runner->current % WARP;
+    warp.given[lane] = value;
+    warp.from[lane] = lane ^ static_cast<u32>(lanes);
+    if (meet(Meeting::Exchange)) {
+        for (u32 i = 0; i < WARP; i++) warp.taken[i] = warp.given[warp.from[i]];
+        let_go();
+    }
+    return warp.taken[lane];
+}
+
+void multiply_in_warp(Format format, float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    Fragments& own = own_warp().fragments[runner->current % WARP];
+    own = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {sum[0], sum[1], sum[2], sum[3]}, {}};
+    if (meet(format == Format::Half ? Meeting::MultiplyHalves : Meeting::MultiplyBrains)) {
+        multiply(format, own_warp().fragments);
+        let_go();
+    }
+    memcpy(sum, own.result, sizeof own.result);
+}
+
+// Until the thread waits for its copies, what is to be overwritten is neither what was there nor what will be.
+void copy_later(void* to, const void* from, u32 bytes) {
+    const bool is_aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    if (!is_aligned || bytes > 16) fail("an asynchronous copy to or from an address that is no multiple of 16");
+    memset(to, 0xff, 16);
+    runner->fibers[runner->current].copies.push_back({to, from, bytes});
+}
+
+void finish_copies() {
+    for (const Copy& copy : runner->fibers[runner->current].copies) {
+        memset(copy.to, 0, 16);
+        memcpy(copy.to, copy.from, copy.bytes);
+    }
+    runner->fibers[runner->current].copies.clear();
+}
+
+float* dynamic_shared() { return runner->shared.data(); }
 
 void run(const Kernel& kernel, const void* arguments, Index blocks, u32 threads, size_t shared_bytes) {
-    Runner& own = runner;
+    Runner& own = own_runner;
+    runner = &own;
     if (threads == 0 || threads > MOST_THREADS || threads % WARP != 0) fail("a block of whole warps was expected");
     while (own.fibers.size() < threads) own.fibers.emplace_back();
     own.body = kernel.body;
@@ -149,6 +216,7 @@ void run(const Kernel& kernel, const void* arguments, Index blocks, u32 threads,
                 block_index = {x, y, z};
                 own.shared.assign(shared_bytes / sizeof(float) + 1, nothing);
                 for (u32 i = 0; i < threads; i++) own.fibers[i].state = State::Ready;
+                for (u32 i = 0; i < threads / WARP; i++) own.warps[i].arrived = 0;
                 const bool backwards = (x + y + z) % 2 == 1;
                 do {
                     for (u32 i = 0; i < threads; i++) {

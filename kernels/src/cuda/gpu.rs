@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys;
+use sys::CUfunction_attribute_enum as Attribute;
 
 use super::KERNELS_VERSION;
 use super::driver::{self, CudaError, DeviceFacts, call};
+use super::products::Width;
 use crate::GgmlType;
 
 macro_rules! images {
@@ -18,34 +20,17 @@ macro_rules! images {
 }
 
 /// What `build.rs` made of `kernels/cuda/*.cu`.
-const IMAGES: [&[u8]; 4] = images!("append", "attention", "matmul", "pointwise");
+const IMAGES: [&[u8]; 7] =
+    images!("activations", "append", "attention", "matmul_f32", "matmul_few", "matmul_many", "pointwise");
 
-/// How many tokens a product is made for at once; the bits are the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Width {
-    One,
-    Four,
-    Eight,
-    Many,
-}
-
-impl Width {
-    pub const ALL: [Width; 4] = [Width::One, Width::Four, Width::Eight, Width::Many];
-
-    fn name(self) -> &'static str {
-        match self {
-            Width::One => "one",
-            Width::Four => "four",
-            Width::Eight => "eight",
-            Width::Many => "many",
-        }
-    }
-}
+/// Dynamic shared memory that a block may have without asking.
+const SHARED_WITHOUT_ASKING: usize = 48 << 10;
 
 /// A kernel of `kernels/cuda`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     Matmul(Width, GgmlType),
+    RoundActivations,
     RmsNorm,
     AddScaled,
     AddBias,
@@ -66,6 +51,7 @@ impl Kernel {
     /// All kernels, each with the name that its source gives it.
     fn all() -> impl Iterator<Item = (Kernel, String)> {
         let others = [
+            (Kernel::RoundActivations, "round_activations"),
             (Kernel::RmsNorm, "rms_norm"),
             (Kernel::AddScaled, "add_scaled"),
             (Kernel::AddBias, "add_bias"),
@@ -81,11 +67,10 @@ impl Kernel {
             (Kernel::Attend, "attend"),
             (Kernel::MergeSegments, "merge_segments"),
         ];
-        let product = |width: Width, ty: GgmlType| {
-            (Kernel::Matmul(width, ty), format!("matmul_{}_{}", width.name(), ty.name()))
-        };
-        let products =
-            Width::ALL.into_iter().flat_map(move |width| GgmlType::ALL.map(|ty| product(width, ty)));
+        let products = GgmlType::ALL.into_iter().flat_map(|ty| {
+            let widths = Width::of(ty).iter();
+            widths.map(move |width| (Kernel::Matmul(*width, ty), width.kernel_name(ty)))
+        });
         products.chain(others.map(|(kernel, name)| (kernel, name.to_owned())))
     }
 }
@@ -170,6 +155,12 @@ impl Gpu {
         }
         for (kernel, name) in Kernel::all() {
             let function = gpu.find(name)?;
+            if let Kernel::Matmul(width, ty) = kernel
+                && width.shared_bytes(ty) > SHARED_WITHOUT_ASKING
+            {
+                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                call!(cuFuncSetAttribute(function, attribute, width.shared_bytes(ty) as i32))?;
+            }
             gpu.kernels.insert(kernel, function);
         }
         Ok(Arc::new(gpu))

@@ -18,9 +18,9 @@ pub use driver::{CudaError, DeviceFacts, devices, driver_version};
 pub use gpu::Gpu;
 pub use graph::Graph;
 pub use memory::{CopyRates, DeviceBuffer, Pinned, Plain, Span};
-pub use products::DeviceMatrix;
+pub use products::{Activations, DeviceMatrix};
 pub use rows::Rotation;
 pub use uploads::{Mark, Uploads};
 
 /// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
-pub const KERNELS_VERSION: u32 = 1;
+pub const KERNELS_VERSION: u32 = 2;

@@ -67,11 +67,11 @@ pub(super) fn score(
     gpu: &Gpu,
     weights: &Routed<OnDevice>,
     x: Span<'_, f32>,
-    buffers: &Buffers,
+    buffers: &forward::Buffers,
     routing: &mut Routing,
 ) -> Result<(), CudaError> {
-    let scores = buffers.scores.first(x.len() / weights.router.cols * weights.settings.count);
-    gpu.matmul(&weights.router, x, scores)?;
+    let scores = buffers.experts.scores.first(x.len() / weights.router.cols * weights.settings.count);
+    gpu.matmul(x, &buffers.rounded, &[(&weights.router, scores)])?;
     // SAFETY: `forward` waits for it.
     unsafe { scores.copy_out(gpu, &mut routing.scores) }
 }

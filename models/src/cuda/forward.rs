@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dormouse_kernels::cpu::attention::Attention;
 use dormouse_kernels::cuda::{
-    Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
+    Activations, Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
 };
 use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 
@@ -34,6 +34,8 @@ pub(super) struct Buffers {
     gate: DeviceBuffer<f32>,
     up: DeviceBuffer<f32>,
     logits: DeviceBuffer<f32>,
+    /// What is multiplied with weights, rounded.
+    pub rounded: Activations,
     /// Rows of keys and values for the host, `[layers, rows, {K, V}, kv_heads, row_bytes]`.
     down: DeviceBuffer<u8>,
     pub experts: experts::Buffers,
@@ -53,6 +55,7 @@ impl Buffers {
             gate: none()?,
             up: none()?,
             logits: none()?,
+            rounded: Activations::new(gpu)?,
             down: DeviceBuffer::new(gpu, 0, "activations")?,
             experts: experts::Buffers::new(gpu)?,
         })
@@ -69,7 +72,8 @@ impl Buffers {
     ) -> Result<(), CudaError> {
         const WHAT: &str = "activations";
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let wide = rows * config.d_ff.max(config.experts.map_or(0, |experts| experts.d_ff));
+        let d_ff = config.d_ff.max(config.experts.map_or(0, |experts| experts.d_ff));
+        let wide = rows * d_ff;
         let hidden = rows.max(logit_rows) * config.d_model;
         for (buffer, len) in [
             (&mut self.normed, hidden),
@@ -85,6 +89,7 @@ impl Buffers {
         ] {
             buffer.grow(len, WHAT)?;
         }
+        self.rounded.grow(rows.max(logit_rows), config.d_model.max(q_width).max(d_ff))?;
         self.down.grow(rows * layout.token_bytes(), WHAT)?;
         config.experts.map_or(Ok(()), |experts| self.experts.grow(&experts, rows, config.d_model))
     }
@@ -283,7 +288,7 @@ impl Pass<'_> {
                 self.dense_layers(weights, first..index, buffers, pages)?;
                 self.attention(index, layer, buffers, pages)?;
                 self.normed(self.x, &layer.ffn_norm, buffers)?;
-                experts::score(gpu, routed, input, &buffers.experts, routing)
+                experts::score(gpu, routed, input, buffers, routing)
             };
             // SAFETY: the pass's memory was taken before it began, and stays until its end, which waits for the device.
             unsafe { way.stretch(gpu, &mut stretch)? };
@@ -348,9 +353,7 @@ impl Pass<'_> {
             buffers.v.first(rows * kv_width),
         );
         let input = self.normed(self.x, &layer.attn_norm, buffers)?;
-        for (projection, out) in [(&layer.q, q), (&layer.k, k), (&layer.v, v)] {
-            self.project(projection, input, out)?;
-        }
+        self.project(input, &[(&layer.q, q), (&layer.k, k), (&layer.v, v)], buffers)?;
         for (norm, out) in [(&layer.q_norm, q), (&layer.k_norm, k)] {
             if let Some(weight) = norm {
                 gpu.rms_norm(out, weight.span(), config.norm_eps, out)?;
@@ -403,7 +406,7 @@ impl Pass<'_> {
             gpu.attend(&attend)?;
         }
         let delta = buffers.delta.first(rows * config.d_model);
-        self.project(&layer.attn_output, attended, delta)?;
+        self.project(attended, &[(&layer.attn_output, delta)], buffers)?;
         self.add_block(delta, &layer.attn_post_norm, buffers)
     }
 
@@ -415,7 +418,7 @@ impl Pass<'_> {
         let logits = buffers.logits.first(wanted * config.vocab);
         gpu.gather_rows(self.x, self.logit_rows, config.d_model, hidden)?;
         gpu.rms_norm(hidden, weights.output_norm.span(), config.norm_eps, normed)?;
-        gpu.matmul(&weights.output, normed, logits)?;
+        gpu.matmul(normed, &buffers.rounded, &[(&weights.output, logits)])?;
         if config.logit_scale != 1.0 {
             gpu.scale(logits, config.logit_scale)?;
         }
@@ -449,14 +452,21 @@ impl Pass<'_> {
         if weight.is_some() { buffers.normed.first(x.len()) } else { x }
     }
 
-    fn project(
+    /// Every projection of `x`, with its bias.
+    fn project<const N: usize>(
         &self,
-        projection: &Projection<OnDevice>,
         x: Span<'_, f32>,
-        out: Span<'_, f32>,
+        projections: &[(&Projection<OnDevice>, Span<'_, f32>); N],
+        buffers: &Buffers,
     ) -> Result<(), CudaError> {
-        self.gpu.matmul(&projection.weight, x, out)?;
-        projection.bias.as_ref().map_or(Ok(()), |bias| self.gpu.add_bias(out, bias.span()))
+        let products = projections.map(|(projection, out)| (&projection.weight, out));
+        self.gpu.matmul(x, &buffers.rounded, &products)?;
+        for (projection, out) in projections {
+            if let Some(bias) = &projection.bias {
+                self.gpu.add_bias(*out, bias.span())?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds a block's result to the residual stream.
@@ -482,11 +492,10 @@ pub(super) fn gated(
 ) -> Result<(), CudaError> {
     let wide = x.len() / weights.gate.cols * weights.gate.rows;
     let (gate, up) = (buffers.gate.first(wide), buffers.up.first(wide));
-    gpu.matmul(&weights.gate, x, gate)?;
-    gpu.matmul(&weights.up, x, up)?;
+    gpu.matmul(x, &buffers.rounded, &[(&weights.gate, gate), (&weights.up, up)])?;
     match activation {
         Activation::Silu => gpu.silu_gate(gate, up)?,
         Activation::GeluTanh => gpu.gelu_gate(gate, up)?,
     }
-    gpu.matmul(&weights.down, gate, out)
+    gpu.matmul(gate, &buffers.rounded, &[(&weights.down, out)])
 }
