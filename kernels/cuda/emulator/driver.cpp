@@ -26,7 +26,8 @@ struct Allocation {
     size_t mapped_bytes, bytes;
 };
 
-std::map<u64, Allocation> allocations;
+// Never destroyed: threads may still give memory back while the process ends.
+std::map<u64, Allocation>& allocations = *new std::map<u64, Allocation>;
 size_t used_bytes = 0;
 
 size_t total_bytes() {
