@@ -114,6 +114,43 @@ KERNEL(scatter_rows, ScatterArgs) {
     for (u32 i = threadIdx.x; i < args.width; i += BLOCK_THREADS) to[i] = fmaf(from[i], factor, to[i]);
 }
 
+struct LikeliestArgs {
+    // [blocks, width]
+    const float* logits;
+    u32* out;
+    u32 width;
+};
+
+// Block i: the place of the first of the largest values of row i; 0 where none is larger than minus infinity.
+KERNEL(likeliest, LikeliestArgs) {
+    __shared__ float values[BLOCK_THREADS];
+    __shared__ u32 places[BLOCK_THREADS];
+    const float* logits = args.logits + static_cast<u64>(blockIdx.x) * args.width;
+    const u32 own = threadIdx.x;
+    float value = bits_to_float(0xff800000u);
+    u32 place = 0;
+    // What is not a number is larger than nothing.
+    for (u32 i = own; i < args.width; i += BLOCK_THREADS) {
+        if (logits[i] > value) {
+            value = logits[i];
+            place = i;
+        }
+    }
+    values[own] = value;
+    places[own] = place;
+    for (u32 half = BLOCK_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (own >= half) continue;
+        const float other = values[own + half];
+        const bool is_first = other == values[own] && places[own + half] < places[own];
+        if (other > values[own] || is_first) {
+            values[own] = other;
+            places[own] = places[own + half];
+        }
+    }
+    if (own == 0) args.out[blockIdx.x] = places[0];
+}
+
 struct RopeArgs {
     float* x;
     // [rows, pairs]

@@ -8,7 +8,7 @@ use crate::config::ModelConfig;
 use crate::decoder::{Activations, Batch, Chunk, Decoder};
 use crate::pack::{PackFile, PackedWeights};
 use crate::source::ModelSource;
-use crate::{Device, ModelError};
+use crate::{Device, ModelError, TokenId};
 
 /// A loaded model's weights, where they are computed with.
 pub enum Weights {
@@ -124,10 +124,31 @@ impl Backend {
             #[cfg(feature = "cuda")]
             (State::Cuda(state), Weights::Cuda(weights)) => {
                 assert!(chunk.is_none(), "a device takes no chunks");
-                state.forward(&self.cpu, weights, batch)
+                state.forward(&self.cpu, weights, batch, crate::cuda::Wanted::Logits)
             }
             #[cfg(feature = "cuda")]
             _ => unreachable!("the state was made for these weights"),
+        }
+    }
+
+    /// Whether [`Backend::forward_to_likeliest`] can be called: where logits have a long way to the host.
+    pub fn finds_likeliest(&self) -> bool {
+        !matches!(self.state, State::Cpu(_))
+    }
+
+    /// As [`Backend::forward`], but leaves of each row whose logits are wanted the first of the likeliest tokens alone, in
+    /// [`Backend::results_mut`].
+    ///
+    /// # Errors
+    /// As for `forward`.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn forward_to_likeliest(&mut self, batch: &Batch<'_>) -> Result<(), ModelError> {
+        match (&mut self.state, &*self.weights) {
+            #[cfg(feature = "cuda")]
+            (State::Cuda(state), Weights::Cuda(weights)) => {
+                state.forward(&self.cpu, weights, batch, crate::cuda::Wanted::Likeliest)
+            }
+            _ => unreachable!("the host has the logits anyway"),
         }
     }
 
@@ -137,6 +158,16 @@ impl Backend {
             State::Cpu(work) => work.logits_mut(),
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.logits_mut(),
+        }
+    }
+
+    /// What the last forward pass left: logits as in [`Backend::logits_mut`], or instead of them the likeliest token of each
+    /// of their rows.
+    pub fn results_mut(&mut self) -> (&mut [f32], &[TokenId]) {
+        match &mut self.state {
+            State::Cpu(work) => (work.logits_mut(), &[]),
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => state.results_mut(),
         }
     }
 

@@ -80,6 +80,12 @@ impl Sampling {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
+    /// Whether the choice is the likeliest token, whatever else is likely. Where a grammar has a say, it may not be.
+    pub fn takes_likeliest(&self) -> bool {
+        let is_greedy = self.temperature == 0.0 || self.top_k == 1;
+        is_greedy && self.logit_bias.is_empty() && !self.uses_history() && self.logprobs.is_none()
+    }
+
     /// Chooses the token at `position` of the log. Alters `logits` (length: vocabulary).
     ///
     /// The order is: bias, penalties, the grammar, temperature, top-k, top-p, min-p, one draw. Ties go to the smaller token id.

@@ -183,15 +183,25 @@ impl Turn {
                 return None;
             }
         };
-        if sampling.uses_history() {
+        let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
+        self.take(model, token, logprob);
+        Some(token)
+    }
+
+    /// Whether the next token is the likeliest one, and nothing else of the logits is of use.
+    pub fn takes_likeliest(&self) -> bool {
+        self.constraint.is_none() && self.spec.sampling.takes_likeliest()
+    }
+
+    /// Publishes the next token, which was chosen.
+    pub fn take(&mut self, model: &Model, token: TokenId, logprob: Option<TokenLogprob>) {
+        if self.spec.sampling.uses_history() {
             self.history.push(token);
         }
         if self.log.len() == self.spec.output_start {
             self.receipt.ttft_ms = self.since.elapsed().as_secs_f64() * 1e3;
         }
-        let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
         self.publish(model, token, logprob);
-        Some(token)
     }
 
     /// Counts the `said` tokens of a step: the time since the last ones is theirs together.

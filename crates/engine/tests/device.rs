@@ -9,7 +9,7 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
-use dormouse_engine::EngineError;
+use dormouse_engine::{EngineError, Sampling};
 use dormouse_kernels::KvDtype;
 use dormouse_kv::Realm;
 use dormouse_models::{Device, DeviceChoice, Model};
@@ -93,6 +93,23 @@ async fn sessions_that_outgrow_the_device_together_say_what_each_says_alone() {
         assert_eq!(&rig.finish(turn).await.0.tokens, expected);
     }
     assert_eq!(rig.pages(), alone.pages(), "and their pages hold the same bytes");
+}
+
+/// With log-probabilities all logits come to the host; without them, tokens alone, but for steps that others share.
+#[tokio::test(flavor = "multi_thread")]
+async fn likeliest_tokens_are_the_same_whether_the_device_or_the_host_finds_them() {
+    let rig = new_rig(&on_device(None, KvDtype::F16));
+    let (prompt, mut ask) = (prose(9, 50), greedy(20));
+    let (by_device, _) = rig.answer("device", &prompt, &ask).await;
+    ask.sampling.logprobs = Some(0);
+    assert_eq!(rig.answer("host", &prompt, &ask).await.0.tokens, by_device.tokens);
+    ask.sampling = Sampling { seed: 7, ..Sampling::default() };
+    rig.create("draws").await;
+    rig.create("together").await;
+    let draws = rig.begin("draws", 0, &prose(10, 40), &ask).await;
+    let together = rig.begin("together", 0, &prompt, &greedy(20)).await;
+    assert_eq!(rig.finish(together).await.0.tokens, by_device.tokens);
+    assert_eq!(rig.finish(draws).await.0.tokens.len(), 20);
 }
 
 /// Copies on write, rewound and parked pages, and slots that are used again.

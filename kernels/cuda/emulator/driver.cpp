@@ -29,8 +29,9 @@ struct Allocation {
     size_t mapped_bytes, bytes;
 };
 
-std::map<u64, Allocation> allocations;
-std::map<const emulator::Kernel*, int> shared_most;
+// Never destroyed: threads may still give memory back while the process ends.
+std::map<u64, Allocation>& allocations = *new std::map<u64, Allocation>;
+std::map<const emulator::Kernel*, int>& shared_most = *new std::map<const emulator::Kernel*, int>;
 size_t used_bytes = 0;
 
 size_t total_bytes() {

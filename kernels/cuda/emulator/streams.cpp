@@ -43,9 +43,11 @@ namespace {
 
 enum CaptureMode { ThreadLocal = 1 };
 
-std::set<Stream*> streams;
-std::set<Event*> events;
-std::set<Graph*> graphs, executables;
+// Never destroyed: threads may still give things back while the process ends.
+std::set<Stream*>& streams = *new std::set<Stream*>;
+std::set<Event*>& events = *new std::set<Event*>;
+std::set<Graph*>& graphs = *new std::set<Graph*>;
+std::set<Graph*>& executables = *new std::set<Graph*>;
 thread_local Stream* capturing = nullptr;
 
 void run_until(Stream& stream, u64 queued) {

@@ -46,6 +46,14 @@ struct ScatterArguments {
     width: u32,
 }
 
+/// `LikeliestArgs`
+#[repr(C)]
+struct LikeliestArguments {
+    logits: u64,
+    out: u64,
+    width: u32,
+}
+
 /// `RopeArgs`
 #[repr(C)]
 struct RopeArguments {
@@ -189,6 +197,17 @@ impl Gpu {
         };
         // SAFETY: `from` has a row for each block; that `to` has the rows named is the caller's doing.
         unsafe { self.launch(Kernel::ScatterRows, Grid::of(rows.len(), 1, 1), &arguments) }
+    }
+
+    /// Of each row of `logits`, `[out.len(), any width]`: the place of the first of its largest values; 0 where none is larger
+    /// than −∞.
+    pub fn likeliest(&self, logits: Span<'_, f32>, out: Span<'_, u32>) -> Result<(), CudaError> {
+        assert!(logits.len().is_multiple_of(out.len().max(1)), "rows of equal width");
+        let width = logits.len() / out.len().max(1);
+        let arguments =
+            LikeliestArguments { logits: logits.address(), out: out.address(), width: width as u32 };
+        // SAFETY: both have a row, or a place, for each block.
+        unsafe { self.launch(Kernel::Likeliest, Grid::of(out.len(), 1, 1), &arguments) }
     }
 
     /// Rotates every head of every row of `x`, `[rows, heads, head_dim]`, by its row's angles.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use dormouse_kernels::cuda::{CudaError, DeviceBuffer, Gpu, Pinned, Span};
 
-use super::forward::{self, gated};
+use super::buffers;
+use super::forward::gated;
 use super::weights::OnDevice;
 use crate::config::{Activation, Experts};
 use crate::decoder::experts::choose;
@@ -82,7 +83,7 @@ pub(super) fn forward(
     activation: Activation,
     weights: &Routed<OnDevice>,
     x: Span<'_, f32>,
-    (buffers, routing): (&forward::Buffers, &mut Routing),
+    (buffers, routing): (&buffers::Buffers, &mut Routing),
     out: Span<'_, f32>,
 ) -> Result<(), CudaError> {
     let Routed { settings, router, experts } = weights;

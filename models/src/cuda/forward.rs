@@ -5,95 +5,22 @@ use std::sync::Arc;
 
 use dormouse_kernels::cpu::attention::Attention;
 use dormouse_kernels::cuda::{
-    Activations, Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
+    Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
 };
 use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 
+use super::buffers::Buffers;
 use super::graphs::{Shape, Way};
 use super::inputs::{Input, Inputs};
 use super::pages::PageCache;
 use super::weights::OnDevice;
-use super::{State, Weights, experts};
+use super::{State, Wanted, Weights, experts};
 use crate::config::{Activation, ModelConfig};
 use crate::decoder::weights::{FeedForward, Gated, Layer, Projection};
 use crate::decoder::{Batch, embed};
 
 /// Rows of the largest pass that is recorded. Beside the work of more, launches weigh little.
 const STEP_ROWS_MOST: usize = 32;
-
-/// The device's buffers, which grow to the largest pass.
-pub(super) struct Buffers {
-    normed: DeviceBuffer<f32>,
-    q: DeviceBuffer<f32>,
-    k: DeviceBuffer<f32>,
-    v: DeviceBuffer<f32>,
-    attended: DeviceBuffer<f32>,
-    partials: DeviceBuffer<f32>,
-    /// What a block adds to the residual stream.
-    delta: DeviceBuffer<f32>,
-    gate: DeviceBuffer<f32>,
-    up: DeviceBuffer<f32>,
-    logits: DeviceBuffer<f32>,
-    /// What is multiplied with weights, rounded.
-    pub rounded: Activations,
-    /// Rows of keys and values for the host, `[layers, rows, {K, V}, kv_heads, row_bytes]`.
-    down: DeviceBuffer<u8>,
-    pub experts: experts::Buffers,
-}
-
-impl Buffers {
-    pub fn new(gpu: &Arc<Gpu>) -> Result<Buffers, CudaError> {
-        let none = || DeviceBuffer::new(gpu, 0, "activations");
-        Ok(Buffers {
-            normed: none()?,
-            q: none()?,
-            k: none()?,
-            v: none()?,
-            attended: none()?,
-            partials: none()?,
-            delta: none()?,
-            gate: none()?,
-            up: none()?,
-            logits: none()?,
-            rounded: Activations::new(gpu)?,
-            down: DeviceBuffer::new(gpu, 0, "activations")?,
-            experts: experts::Buffers::new(gpu)?,
-        })
-    }
-
-    /// Room for a pass over `rows` rows.
-    fn grow(
-        &mut self,
-        config: &ModelConfig,
-        layout: &PageLayout,
-        rows: usize,
-        logit_rows: usize,
-        partials: usize,
-    ) -> Result<(), CudaError> {
-        const WHAT: &str = "activations";
-        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let d_ff = config.d_ff.max(config.experts.map_or(0, |experts| experts.d_ff));
-        let wide = rows * d_ff;
-        let hidden = rows.max(logit_rows) * config.d_model;
-        for (buffer, len) in [
-            (&mut self.normed, hidden),
-            (&mut self.delta, hidden),
-            (&mut self.q, rows * q_width),
-            (&mut self.attended, rows * q_width),
-            (&mut self.k, rows * kv_width),
-            (&mut self.v, rows * kv_width),
-            (&mut self.gate, wide),
-            (&mut self.up, wide),
-            (&mut self.logits, logit_rows * config.vocab),
-            (&mut self.partials, partials),
-        ] {
-            buffer.grow(len, WHAT)?;
-        }
-        self.rounded.grow(rows.max(logit_rows), config.d_model.max(q_width).max(d_ff))?;
-        self.down.grow(rows * layout.token_bytes(), WHAT)?;
-        config.experts.map_or(Ok(()), |experts| self.experts.grow(&experts, rows, config.d_model))
-    }
-}
 
 /// A pass over the rows of a batch, and where its inputs are on the device.
 struct Pass<'a> {
@@ -125,7 +52,9 @@ struct Host<'a> {
     /// Brings up what the device lacks, layer by layer.
     pages: &'a mut PageCache,
     routing: &'a mut experts::Routing,
+    wanted: Wanted,
     logits_out: &'a mut Pinned<f32>,
+    likeliest_out: &'a mut Pinned<u32>,
     rows_out: &'a mut Pinned<u8>,
 }
 
@@ -199,8 +128,14 @@ impl Gathered {
 }
 
 impl State {
-    /// Computes `batch`, whose pages fit on the device together; appends to `self.logits`.
-    pub(super) fn pass(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), CudaError> {
+    /// Computes `batch`, whose pages fit on the device together; appends to `self.logits` or `self.likeliest`.
+    pub(super) fn pass(
+        &mut self,
+        cpu: &Cpu,
+        weights: &Weights,
+        batch: &Batch<'_>,
+        wanted: Wanted,
+    ) -> Result<(), CudaError> {
         let (gpu, config) = (&self.gpu, weights.config());
         let (layout, rows) = (self.layout, batch.tokens.len());
         if rows == 0 {
@@ -212,18 +147,23 @@ impl State {
         self.inputs.send(gpu)?;
         let inputs = &self.inputs;
         let tiles = inputs.span(gathered.tiles);
-        let wanted = batch.logit_rows.len();
+        let logit_rows = batch.logit_rows.len();
         // Steps, and such guesses as they check. They have blocks for twice as many segments at most, so that a shape stays
         // while contexts grow.
         let is_step = rows <= STEP_ROWS_MOST && !self.pages.lacks_some();
         let segments = if is_step { gathered.segments.next_power_of_two() } else { gathered.segments };
         let partials = gpu.partials(&layout, config.heads, rows, tiles.len(), segments);
-        self.buffers.grow(config, &layout, rows, wanted, partials)?;
+        self.buffers.grow(config, &layout, rows, logit_rows, partials)?;
         if let Some(settings) = &config.experts {
             self.routing.grow(settings, rows)?;
         }
-        let (logits, down) = (wanted * config.vocab, rows * layout.token_bytes());
+        let down = rows * layout.token_bytes();
+        let (logits, likeliest) = match wanted {
+            Wanted::Logits => (logit_rows * config.vocab, 0),
+            Wanted::Likeliest => (0, logit_rows),
+        };
         self.logits_out.grow(logits)?;
+        self.likeliest_out.grow(likeliest)?;
         self.rows_out.grow(down)?;
         let pass = Pass {
             gpu,
@@ -244,20 +184,24 @@ impl State {
         };
         let shape = || Shape {
             rows: batch.sequences.iter().map(|sequence| sequence.rows).collect(),
-            logit_rows: wanted,
+            logit_rows,
+            likeliest: wanted == Wanted::Likeliest,
             segments,
         };
         let mut way = self.graphs.begin(is_step.then(shape));
         let host = Host {
             pages: &mut self.pages,
             routing: &mut self.routing,
+            wanted,
             logits_out: &mut self.logits_out,
+            likeliest_out: &mut self.likeliest_out,
             rows_out: &mut self.rows_out,
         };
         pass.run(weights, &self.buffers, host, &mut way)?;
         gpu.wait()?;
         self.graphs.end(way);
         self.logits.extend_from_slice(&self.logits_out.as_slice()[..logits]);
+        self.likeliest.extend_from_slice(&self.likeliest_out.as_slice()[..likeliest]);
         let (down, layer_down) = (self.rows_out.as_slice(), pass.layer_down());
         cpu.pool.run(layout.layers, &|layer| {
             let rows = &down[layer * layer_down..(layer + 1) * layer_down];
@@ -278,7 +222,7 @@ impl Pass<'_> {
         host: Host<'_>,
         way: &mut Way,
     ) -> Result<(), CudaError> {
-        let Host { pages, routing, logits_out, rows_out } = host;
+        let Host { pages, routing, wanted, logits_out, likeliest_out, rows_out } = host;
         let gpu = self.gpu;
         let mut first = 0;
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -300,9 +244,16 @@ impl Pass<'_> {
         let mut stretch = || {
             self.dense_layers(weights, first..weights.layers.len(), buffers, pages)?;
             let logits = self.logits(weights, buffers)?;
-            // SAFETY: both are waited for before anybody looks at them.
+            let likeliest = buffers.likeliest.first(self.logit_rows.len());
+            if wanted == Wanted::Likeliest {
+                gpu.likeliest(logits, likeliest)?;
+            }
+            // SAFETY: all are waited for before anybody looks at them.
             unsafe {
-                logits.copy_out(gpu, logits_out)?;
+                match wanted {
+                    Wanted::Logits => logits.copy_out(gpu, logits_out)?,
+                    Wanted::Likeliest => likeliest.copy_out(gpu, likeliest_out)?,
+                }
                 buffers.down.first(self.rows * self.layout.token_bytes()).copy_out(gpu, rows_out)
             }
         };

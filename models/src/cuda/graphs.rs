@@ -14,6 +14,8 @@ pub(super) struct Shape {
     /// Of each sequence.
     pub rows: Vec<usize>,
     pub logit_rows: usize,
+    /// Whether these are looked through on the device.
+    pub likeliest: bool,
     /// Segments that attention has blocks for.
     pub segments: usize,
 }
@@ -131,7 +133,7 @@ mod tests {
     }
 
     fn shape(rows: usize) -> Option<Shape> {
-        Some(Shape { rows: vec![1; rows], logit_rows: rows, segments: 1 })
+        Some(Shape { rows: vec![1; rows], logit_rows: rows, likeliest: false, segments: 1 })
     }
 
     /// One pass of one stretch.

@@ -3,6 +3,7 @@
 //! Pages on the device are a cache of the mapped ones ([`pages`]): a forward pass brings up what its sequences lack, writes
 //! new keys and values to both, and returns when the mapped pages are complete.
 
+mod buffers;
 mod experts;
 mod forward;
 mod graphs;
@@ -17,11 +18,19 @@ use dormouse_kernels::{Cpu, PageLayout, PagePtr};
 
 use crate::ModelError;
 use crate::decoder::Batch;
-use forward::Buffers;
+use buffers::Buffers;
 use graphs::Graphs;
 use inputs::Inputs;
 use pages::PageCache;
 pub use weights::Weights;
+
+/// What comes of the rows whose logits a batch names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Logits,
+    /// The first of the largest, found on the device.
+    Likeliest,
+}
 
 /// What a forward pass on the device needs besides weights, kept from one to the next.
 pub(crate) struct State {
@@ -33,10 +42,12 @@ pub(crate) struct State {
     buffers: Buffers,
     graphs: Graphs,
     routing: experts::Routing,
-    /// The last pass's, `[logit_rows, vocab]`.
+    /// The last pass's, `[logit_rows, vocab]`, or of each row the first of the largest.
     logits: Vec<f32>,
-    /// Logits and rows of keys and values on their way from the device.
+    likeliest: Vec<u32>,
+    /// Logits, or tokens in their place, and rows of keys and values on their way from the device.
     logits_out: Pinned<f32>,
+    likeliest_out: Pinned<u32>,
     rows_out: Pinned<u8>,
 }
 
@@ -53,7 +64,9 @@ impl State {
                 graphs: Graphs::new(),
                 routing: experts::Routing::new(gpu)?,
                 logits: Vec::new(),
+                likeliest: Vec::new(),
                 logits_out: Pinned::new(gpu, 0)?,
+                likeliest_out: Pinned::new(gpu, 0)?,
                 rows_out: Pinned::new(gpu, 0)?,
             })
         };
@@ -62,6 +75,10 @@ impl State {
 
     pub fn logits_mut(&mut self) -> &mut [f32] {
         &mut self.logits
+    }
+
+    pub fn results_mut(&mut self) -> (&mut [f32], &[u32]) {
+        (&mut self.logits, &self.likeliest)
     }
 
     /// Passes that were asked for as a whole, as they had been recorded.
@@ -81,9 +98,16 @@ impl State {
         self.pages.forget_all();
     }
 
-    /// In as many passes as the device's memory asks for: which sequences share one changes no bit.
-    pub fn forward(&mut self, cpu: &Cpu, weights: &Weights, batch: &Batch<'_>) -> Result<(), ModelError> {
+    /// In as many passes as the device's memory asks for: which sequences share one changes no bit. Leaves logits or tokens.
+    pub fn forward(
+        &mut self,
+        cpu: &Cpu,
+        weights: &Weights,
+        batch: &Batch<'_>,
+        wanted: Wanted,
+    ) -> Result<(), ModelError> {
         self.logits.clear();
+        self.likeliest.clear();
         let (mut rest, mut most, mut has_given_back) = (batch.sequences, usize::MAX, false);
         while !rest.is_empty() {
             let count = self.pages.fitting(rest).min(most);
@@ -96,7 +120,7 @@ impl State {
             let logit_rows: Vec<usize> = own_logits.map(|row| row - first).collect();
             let part =
                 Batch { tokens: &batch.tokens[first..end], sequences: &sequences, logit_rows: &logit_rows };
-            match self.pass(cpu, weights, &part) {
+            match self.pass(cpu, weights, &part, wanted) {
                 Ok(()) => rest = later,
                 // Nothing was computed yet. What there is room for is a guess: others take memory, too.
                 Err(CudaError::NoRoom { .. }) if count > 1 => most = count / 2,
@@ -109,7 +133,7 @@ impl State {
                 Err(error) => {
                     // What was half done on the device is no longer what the host has. It may still be at it, and what
                     // is asked for next must not meet that; should waiting fail too, the first error says more.
-                    let _ = self.gpu.wait();
+                    let _ = self.gpu.wait().and_then(|()| self.pages.wait());
                     self.pages.forget_all();
                     return Err(weights.error(error));
                 }

@@ -302,11 +302,17 @@ impl PageCache {
             self.staging.memory.as_mut_slice()[at..at + bytes].copy_from_slice(mapped);
             let to = self.span(coming.place).part(layer * bytes..(layer + 1) * bytes);
             // SAFETY: this part of the staging memory is written again once its half's mark was waited for. Passes end with
-            // waiting for the device, even those that fail, so nobody uses what was at this place before.
+            // waiting for the device, even those that fail, so nobody uses this place for what was there before.
             unsafe { self.uploads.copy(&self.staging.memory, at, to)? };
         }
         self.uploads.set(&self.arrived)?;
         self.gpu.wait_for(&self.arrived)
+    }
+
+    /// Waits for what is on its way up, for a pass that failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.uploads.set(&self.arrived)?;
+        self.arrived.wait()
     }
 
     /// After a pass that was waited for: the device and the mapping hold the rows of `sequences`.
@@ -335,4 +341,5 @@ fn pages_of<'a>(sequence: &Sequence<'a>) -> &'a [PagePtr] {
 }
 
 #[cfg(test)]
+#[path = "pages/tests.rs"]
 mod tests;

@@ -12,6 +12,14 @@ mod gguf_file;
 mod quantise;
 mod rig;
 
+// Parts of the back end by themselves. Here, so that one build serves all tests that need a device.
+#[allow(dead_code)]
+#[path = "../../src/cuda/graphs.rs"]
+mod graphs;
+#[allow(dead_code)]
+#[path = "../../src/cuda/pages.rs"]
+mod pages;
+
 use std::sync::Arc;
 
 use case::{Case, case, cases};
@@ -277,6 +285,36 @@ fn pages_make_room_for_each_other_on_a_small_device_and_no_bit_changes() {
     // Two pages a session: of six sessions, one, two or some at a time.
     for pages in [2, 4, 7] {
         assert!(same_bits(&plenty, &run(Some(pages))), "{pages} pages");
+    }
+}
+
+#[test]
+fn the_device_finds_the_likeliest_tokens_in_one_pass_or_several() {
+    let case = case("llama");
+    let page_bytes =
+        on_device(&case, Dtype::F32, None).config().page_layout(KvDtype::F16).page_bytes() as u64;
+    let prompt = case.prompt();
+    // Steps, in which the third one is replayed, and prompts.
+    for (pages, ranges) in [(None, [0..1, 1..2, 2..3, 3..40]), (Some(2), [0..40, 40..41, 41..42, 42..70])] {
+        let weights = on_device(&case, Dtype::F32, pages.map(|pages: u64| pages * page_bytes));
+        let mut computer = Computer::new(weights, KvDtype::F16);
+        let mut sessions: Vec<Session> = (0..3).map(|_| Session::new(&computer, 100)).collect();
+        for range in ranges {
+            let parts = sessions.iter_mut().enumerate();
+            let parts = parts.map(|(n, session)| (session, &prompt[n + range.start..n + range.end]));
+            let found = computer.likeliest(parts.collect());
+            // The same rows once more.
+            sessions.iter_mut().for_each(|session| session.len = range.start);
+            let parts = sessions.iter_mut().enumerate();
+            let parts = parts.map(|(n, session)| (session, &prompt[n + range.start..n + range.end]));
+            let logits = computer.append_all(parts.collect());
+            let first_of_the_largest = |row: &Vec<f32>| {
+                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                row.iter().position(|logit| *logit == largest).unwrap() as u32
+            };
+            let expected: Vec<u32> = logits.iter().map(first_of_the_largest).collect();
+            assert_eq!(found, expected, "{range:?} with {pages:?} pages");
+        }
     }
 }
 

@@ -60,7 +60,20 @@ impl Computer {
         self.compute(parts).unwrap()
     }
 
-    fn compute(&mut self, mut parts: Vec<(&mut Session, &[u32])>) -> Result<Vec<Vec<f32>>, String> {
+    /// Appends to several sessions in one batch: the likeliest token after each row, as the device finds it.
+    pub fn likeliest(&mut self, parts: Vec<(&mut Session, &[u32])>) -> Vec<u32> {
+        self.run(parts, true).unwrap();
+        let (logits, likeliest) = self.backend.results_mut();
+        assert!(logits.is_empty());
+        likeliest.to_vec()
+    }
+
+    fn compute(&mut self, parts: Vec<(&mut Session, &[u32])>) -> Result<Vec<Vec<f32>>, String> {
+        self.run(parts, false)?;
+        Ok(self.backend.logits_mut().chunks(self.vocab).map(<[f32]>::to_vec).collect())
+    }
+
+    fn run(&mut self, mut parts: Vec<(&mut Session, &[u32])>, likeliest: bool) -> Result<(), String> {
         let tokens: Vec<u32> = parts.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
         let tables: Vec<Vec<PagePtr>> = parts.iter_mut().map(|(session, _)| session.pages()).collect();
         let mut first_row = 0;
@@ -75,8 +88,12 @@ impl Computer {
             .collect();
         let logit_rows: Vec<usize> = (0..tokens.len()).collect();
         let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &logit_rows };
-        self.backend.forward(&batch, None).map_err(|error| error.to_string())?;
+        let computed = match likeliest {
+            true => self.backend.forward_to_likeliest(&batch),
+            false => self.backend.forward(&batch, None),
+        };
+        computed.map_err(|error| error.to_string())?;
         parts.iter_mut().for_each(|(session, tokens)| session.len += tokens.len());
-        Ok(self.backend.logits_mut().chunks(self.vocab).map(<[f32]>::to_vec).collect())
+        Ok(())
     }
 }

@@ -186,7 +186,16 @@ impl Worker {
         let begun = step.last().filter(|slice| slice.is_chunk(layers));
         let mut hidden = state.chunk.take_if(|_| begun.is_some()).map_or_else(Vec::new, |chunk| chunk.hidden);
         let chunk = begun.map(|slice| Chunk { layers: slice.layers.clone(), hidden: &mut hidden });
-        if let Err(error) = self.backend.forward(&batch, chunk) {
+        // Where it is far from the device to the host, logits that nobody needs stay there.
+        let takes_likeliest = |slice: &Slice| {
+            slice.scored == 0 && (!slice.samples || state.running[slice.turn].takes_likeliest())
+        };
+        let is_greedy = chunk.is_none() && self.backend.finds_likeliest() && step.iter().all(takes_likeliest);
+        let computed = match is_greedy {
+            true => self.backend.forward_to_likeliest(&batch),
+            false => self.backend.forward(&batch, chunk),
+        };
+        if let Err(error) = computed {
             tracing::error!(%error, "a step could not be computed");
             state.has_failed |= self.condition.complain(&error.to_string());
             for slice in step {
@@ -210,16 +219,27 @@ impl Worker {
         let state = &mut self.state;
         let vocab = self.model.config().vocab;
         let layers = self.model.config().layers;
-        let mut logits = self.backend.logits_mut();
+        let (logits, likeliest) = self.backend.results_mut();
+        let mut row = 0;
         for slice in step.iter().filter(|slice| slice.layers.end == layers) {
             let turn = &mut state.running[slice.turn];
-            let (own, others) = logits.split_at_mut(slice.logit_rows() * vocab);
-            logits = others;
-            let (scored, own) = own.split_at_mut(slice.scored * vocab);
-            turn.score(scored.chunks_exact(vocab));
+            if slice.scored > 0 {
+                turn.score(logits[row * vocab..(row + slice.scored) * vocab].chunks_exact(vocab));
+            }
+            let sampled = row + slice.scored..row + slice.logit_rows();
+            row = sampled.end;
             let (mut rows, mut said) = (slice.rows, 0);
-            for (at, logits) in own.chunks_exact_mut(vocab).enumerate() {
-                let Some(token) = turn.sample(&self.model, logits) else { break };
+            for (at, row) in sampled.enumerate() {
+                let token = match likeliest.get(row) {
+                    Some(token) => {
+                        turn.take(&self.model, *token, None);
+                        *token
+                    }
+                    None => match turn.sample(&self.model, &mut logits[row * vocab..(row + 1) * vocab]) {
+                        Some(token) => token,
+                        None => break,
+                    },
+                };
                 said += 1;
                 let right = turn.drafter.judge(at, token);
                 state.stats.output_tokens += 1;

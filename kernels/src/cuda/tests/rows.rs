@@ -97,3 +97,31 @@ fn rotations_are_those_of_the_cpu_to_the_bit() {
         }
     }
 }
+
+#[test]
+fn the_likeliest_is_the_first_of_the_largest_numbers_of_a_row() {
+    let gpu = gpu();
+    let mut state = 7u32;
+    for width in [1, 2, 255, 256, 257, 1000, 3001] {
+        let rows = 9;
+        let logits: Vec<f32> = (0..rows * width)
+            .map(|at| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // Few values, so that the largest comes more than once. The first rows have none that could be chosen.
+                let few = [f32::NAN, f32::NEG_INFINITY, -1.5, -0.0, 0.0, 2.5, 2.5];
+                few[(state >> 20) as usize % if at < 2 * width { 2 } else { 7 }]
+            })
+            .collect();
+        let (device, out) = (on_device(&gpu, &logits), room(&gpu, rows));
+        gpu.likeliest(device.span(), out.span()).unwrap();
+        let first_of_the_largest = |row: &[f32]| {
+            let mut best = (0, f32::NEG_INFINITY);
+            for (place, logit) in row.iter().enumerate() {
+                best = if *logit > best.1 { (place as u32, *logit) } else { best };
+            }
+            best.0
+        };
+        let expected: Vec<u32> = logits.chunks(width).map(first_of_the_largest).collect();
+        assert_eq!(read(&gpu, out.span()), expected, "{width} values");
+    }
+}
