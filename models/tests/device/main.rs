@@ -70,7 +70,8 @@ fn largest_difference(got: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
     largest(&mut got.iter().zip(expected).map(at))
 }
 
-/// For products of quantised weights, which round both sides to f16; see docs/devices.md.
+/// For products of quantised weights, which round both sides to f16 (docs/devices.md). Measured: 3.1e-4 to 1.1e-3, in models of
+/// width 64, whose short sums average little of it out.
 const QUANTISED_TOLERANCE: f32 = 2e-3;
 
 #[test]
