@@ -68,7 +68,7 @@ pub(super) fn score(
     gpu: &Gpu,
     weights: &Routed<OnDevice>,
     x: Span<'_, f32>,
-    buffers: &forward::Buffers,
+    buffers: &buffers::Buffers,
     routing: &mut Routing,
 ) -> Result<(), CudaError> {
     let scores = buffers.experts.scores.first(x.len() / weights.router.cols * weights.settings.count);
