@@ -66,6 +66,16 @@ struct Said {
 /// A turn that the engine has, and will tell the end of.
 pub(crate) struct Submitted(oneshot::Receiver<Heard>);
 
+impl Submitted {
+    /// Ends a turn that did not become durable, and waits until the engine has let go of its pages: whoever gives up its session,
+    /// or begins its next turn, comes after it. A turn that the engine never got has ended.
+    pub async fn take_back(self, engine: &Engine, turn: &str) {
+        engine.cancel(turn);
+        // How it ended is of no interest, and an engine that is gone says nothing.
+        let _ = self.0.await;
+    }
+}
+
 /// All that a turn said, and how it ended.
 type Heard = (Said, Result<Finish, EngineError>);
 

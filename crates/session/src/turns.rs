@@ -286,10 +286,14 @@ impl Runtime {
         let leased = |row: &SessionRow| submit.map_or((), |submit| submit(row));
         let row = match self.inner.store.begin_turn_early(change, leased).await {
             Ok(row) => row,
-            Err(StoreError::LeaseLost { .. }) => return Ok(None),
             Err(why) => {
-                run.engine.cancel(&hub.turn);
-                return Err(why.into());
+                if let Some(submitted) = submitted {
+                    submitted.take_back(&run.engine, &hub.turn).await;
+                }
+                return match why {
+                    StoreError::LeaseLost { .. } => Ok(None),
+                    why => Err(why.into()),
+                };
             }
         };
         self.inner.changed(&row.id);
