@@ -1,5 +1,5 @@
 // Runs a kernel's blocks: every thread of a block is a fiber with a stack of its own, which runs until it waits for others.
-// Odd blocks run their threads backwards, so that a missing barrier shows as a result that depends on the block.
+// Warps run as far ahead of each other as barriers let them, in odd blocks the last one first: a missing barrier shows.
 
 #include "fragments.hpp"
 
@@ -107,14 +107,12 @@ void resume(u32 index) {
 // Lets those go on that everybody waits for. False: all are done.
 bool release(u32 threads) {
     std::vector<Fiber>& fibers = runner->fibers;
-    u32 ready = 0, waiting = 0, done = 0;
+    u32 waiting = 0, done = 0;
     for (u32 i = 0; i < threads; i++) {
-        ready += fibers[i].state == State::Ready;
         waiting += fibers[i].state == State::AtBlockBarrier;
         done += fibers[i].state == State::Done;
     }
     if (done == threads) return false;
-    if (ready > 0) return true;
     if (waiting < threads) fail("threads wait for others that are done or wait elsewhere");
     for (u32 i = 0; i < threads; i++) fibers[i].state = State::Ready;
     return true;
@@ -219,9 +217,17 @@ void run(const Kernel& kernel, const void* arguments, Index blocks, u32 threads,
                 for (u32 i = 0; i < threads / WARP; i++) own.warps[i].arrived = 0;
                 const bool backwards = (x + y + z) % 2 == 1;
                 do {
-                    for (u32 i = 0; i < threads; i++) {
-                        const u32 next = backwards ? threads - 1 - i : i;
-                        if (own.fibers[next].state == State::Ready) resume(next);
+                    // A warp goes on as long as it can before another does.
+                    for (u32 i = 0; i < threads; i += WARP) {
+                        for (bool goes_on = true; goes_on;) {
+                            goes_on = false;
+                            for (u32 lane = i; lane < i + WARP; lane++) {
+                                const u32 next = backwards ? threads - 1 - lane : lane;
+                                if (own.fibers[next].state != State::Ready) continue;
+                                resume(next);
+                                goes_on = true;
+                            }
+                        }
                     }
                 } while (release(threads));
             }
