@@ -1,4 +1,4 @@
-//! The decoder on a CUDA device: the same forward pass as [`crate::decoder`], kernel by kernel.
+//! The decoder on a CUDA device: the same forward pass as [`crate::decoder`], kernel by kernel or as recorded ([`graphs`]).
 //!
 //! Pages on the device are a cache of the mapped ones ([`pages`]): a forward pass brings up what its sequences lack, writes
 //! new keys and values to both, and returns when the mapped pages are complete.
