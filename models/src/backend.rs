@@ -15,6 +15,8 @@ pub enum Weights {
     Cpu(Box<Decoder>),
     #[cfg(feature = "cuda")]
     Cuda(Box<crate::cuda::Weights>),
+    #[cfg(feature = "metal")]
+    Metal(Box<crate::metal::Weights>),
 }
 
 impl Weights {
@@ -37,6 +39,10 @@ impl Weights {
             Device::Cuda(device) => {
                 Ok(Weights::Cuda(Box::new(crate::cuda::Weights::load(device, source, config)?)))
             }
+            #[cfg(feature = "metal")]
+            Device::Metal(device) => {
+                Ok(Weights::Metal(Box::new(crate::metal::Weights::load(device, source, config)?)))
+            }
         }
     }
 
@@ -45,6 +51,8 @@ impl Weights {
             Weights::Cpu(decoder) => decoder.config(),
             #[cfg(feature = "cuda")]
             Weights::Cuda(weights) => weights.config(),
+            #[cfg(feature = "metal")]
+            Weights::Metal(weights) => weights.config(),
         }
     }
 
@@ -52,8 +60,8 @@ impl Weights {
     pub fn on_cpu(&self) -> Option<&Decoder> {
         match self {
             Weights::Cpu(decoder) => Some(decoder),
-            #[cfg(feature = "cuda")]
-            Weights::Cuda(_) => None,
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            _ => None,
         }
     }
 }
@@ -71,6 +79,8 @@ enum State {
     Cpu(Box<Activations>),
     #[cfg(feature = "cuda")]
     Cuda(Box<crate::cuda::State>),
+    #[cfg(feature = "metal")]
+    Metal(Box<crate::metal::State>),
 }
 
 impl Backend {
@@ -80,6 +90,8 @@ impl Backend {
             Weights::Cpu(_) => State::Cpu(Box::default()),
             #[cfg(feature = "cuda")]
             Weights::Cuda(weights) => State::Cuda(Box::new(crate::cuda::State::new(weights, layout)?)),
+            #[cfg(feature = "metal")]
+            Weights::Metal(weights) => State::Metal(Box::new(crate::metal::State::new(weights, layout)?)),
         };
         Ok(Backend { weights, layout, cpu, state })
     }
@@ -95,11 +107,13 @@ impl Backend {
     }
 
     /// Whether a sequence may have so many pages where this computes; if not, what to do.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
     pub fn check_room(&self, pages: usize) -> Result<(), ModelError> {
         match (&self.state, &*self.weights) {
             #[cfg(feature = "cuda")]
             (State::Cuda(state), Weights::Cuda(weights)) => state.check_room(weights, pages),
+            #[cfg(feature = "metal")]
+            (State::Metal(state), Weights::Metal(weights)) => state.check_room(weights, pages),
             _ => Ok(()),
         }
     }
@@ -126,14 +140,23 @@ impl Backend {
                 assert!(chunk.is_none(), "a device takes no chunks");
                 state.forward(&self.cpu, weights, batch, crate::cuda::Wanted::Logits)
             }
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "metal")]
+            (State::Metal(state), Weights::Metal(weights)) => {
+                assert!(chunk.is_none(), "a device takes no chunks");
+                state.forward(&self.cpu, weights, batch)
+            }
+            #[cfg(any(feature = "cuda", feature = "metal"))]
             _ => unreachable!("the state was made for these weights"),
         }
     }
 
     /// Whether [`Backend::forward_to_likeliest`] can be called: where logits have a long way to the host.
     pub fn finds_likeliest(&self) -> bool {
-        !matches!(self.state, State::Cpu(_))
+        match self.state {
+            #[cfg(feature = "cuda")]
+            State::Cuda(_) => true,
+            _ => false,
+        }
     }
 
     /// As [`Backend::forward`], but leaves of each row whose logits are wanted the first of the likeliest tokens alone, in
@@ -158,6 +181,8 @@ impl Backend {
             State::Cpu(work) => work.logits_mut(),
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.logits_mut(),
+            #[cfg(feature = "metal")]
+            State::Metal(state) => state.logits_mut(),
         }
     }
 
@@ -168,25 +193,29 @@ impl Backend {
             State::Cpu(work) => (work.logits_mut(), &[]),
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.results_mut(),
+            #[cfg(feature = "metal")]
+            State::Metal(state) => (state.logits_mut(), &[]),
         }
     }
 
     /// Passes that a device was asked for as a whole, as they had been recorded, rather than kernel by kernel.
     pub fn replays(&self) -> u64 {
         match &self.state {
-            State::Cpu(_) => 0,
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.replays(),
+            _ => 0,
         }
     }
 
     /// Pages whose bytes on the host changed otherwise than by a forward pass, or that nobody needs on a device now.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
     pub fn forget(&mut self, pages: &[PagePtr]) {
         match &mut self.state {
             State::Cpu(_) => {}
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.forget(pages),
+            #[cfg(feature = "metal")]
+            State::Metal(state) => state.forget(pages),
         }
     }
 
@@ -196,6 +225,8 @@ impl Backend {
             State::Cpu(_) => {}
             #[cfg(feature = "cuda")]
             State::Cuda(state) => state.forget_all(),
+            #[cfg(feature = "metal")]
+            State::Metal(state) => state.forget_all(),
         }
     }
 }

@@ -69,6 +69,20 @@ pub struct Batch<'a> {
     pub logit_rows: &'a [usize],
 }
 
+impl Batch<'_> {
+    /// Calls `f` with some consecutive ones of its sequences, as a batch of their own.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub(crate) fn part<R>(&self, sequences: &[Sequence<'_>], f: impl FnOnce(&Batch<'_>) -> R) -> R {
+        let first = sequences.first().map_or(0, |sequence| sequence.first_row);
+        let end = first + sequences.iter().map(|sequence| sequence.rows).sum::<usize>();
+        let mut sequences = sequences.to_vec();
+        sequences.iter_mut().for_each(|sequence| sequence.first_row -= first);
+        let own_logits = self.logit_rows.iter().filter(|row| (first..end).contains(row));
+        let logit_rows: Vec<usize> = own_logits.map(|row| row - first).collect();
+        f(&Batch { tokens: &self.tokens[first..end], sequences: &sequences, logit_rows: &logit_rows })
+    }
+}
+
 /// A batch's last sequence, where it goes through some layers only: a long prompt's rows, several passes' work.
 pub struct Chunk<'a> {
     pub layers: Range<usize>,

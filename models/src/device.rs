@@ -7,6 +7,11 @@ use dormouse_kernels::Cpu;
 
 use crate::ModelError;
 
+#[cfg(not(feature = "cuda"))]
+const NO_CUDA: &str = "this build has no code for CUDA (its feature 'cuda' is off)";
+#[cfg(not(feature = "metal"))]
+const NO_METAL: &str = "this build has no code for Metal (its feature 'metal' is off)";
+
 /// What a user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -53,6 +58,8 @@ pub enum Device {
     Cpu,
     #[cfg(feature = "cuda")]
     Cuda(CudaDevice),
+    #[cfg(feature = "metal")]
+    Metal(crate::metal::MetalDevice),
 }
 
 /// A CUDA device, and what pages may take of its memory.
@@ -77,17 +84,30 @@ impl Device {
                 Ok(device) => Ok((device, None)),
                 Err(why) => Err(not_here(choice, format!("{why}; use --device cpu"))),
             },
-            DeviceChoice::Metal => {
-                Err(not_here(choice, "this build has no code for Metal; use --device cpu"))
-            }
-            #[cfg(feature = "cuda")]
-            DeviceChoice::Auto => match cuda(0, budget_bytes) {
+            DeviceChoice::Metal => match metal(budget_bytes) {
                 Ok(device) => Ok((device, None)),
-                Err(why) => Ok((Device::Cpu, Some(format!("{why}; computing on the CPU")))),
+                Err(why) => Err(not_here(choice, format!("{why}; use --device cpu"))),
             },
-            #[cfg(not(feature = "cuda"))]
-            DeviceChoice::Auto => Ok((Device::Cpu, None)),
+            DeviceChoice::Auto => Ok(Device::first(budget_bytes)),
         }
+    }
+
+    /// The first GPU where this build has code for one, and there is one; else the CPU, and why.
+    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
+    fn first(budget_bytes: Option<u64>) -> (Device, Option<String>) {
+        let mut reasons: Vec<String> = Vec::new();
+        #[cfg(feature = "metal")]
+        match metal(budget_bytes) {
+            Ok(device) => return (device, None),
+            Err(why) => reasons.push(why),
+        }
+        #[cfg(feature = "cuda")]
+        match cuda(0, budget_bytes) {
+            Ok(device) => return (device, None),
+            Err(why) => reasons.push(why),
+        }
+        let why = (!reasons.is_empty()).then(|| format!("{}; computing on the CPU", reasons.join("; ")));
+        (Device::Cpu, why)
     }
 
     /// Identity of the bits that it computes.
@@ -96,6 +116,8 @@ impl Device {
             Device::Cpu => cpu.numerics(),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => device.gpu.numerics(),
+            #[cfg(feature = "metal")]
+            Device::Metal(device) => device.numerics(),
         }
     }
 
@@ -105,6 +127,8 @@ impl Device {
             Device::Cpu => format!("CPU, {}, {} threads", cpu.isa.name(), cpu.pool.threads()),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => format!("{}, {}", device.gpu.name(), device.gpu.facts().name),
+            #[cfg(feature = "metal")]
+            Device::Metal(device) => format!("metal, {}", device.architecture()),
         }
     }
 }
@@ -116,16 +140,23 @@ pub struct Accelerator {
     pub device: String,
     pub name: String,
     pub memory_bytes: u64,
-    pub compute_capability: String,
-    /// The newest CUDA that the driver supports.
-    pub driver: String,
+    /// Of a CUDA device, and the newest CUDA that its driver supports.
+    pub compute_capability: Option<String>,
+    pub driver: Option<String>,
     /// Bytes per second to the device and back; or why it cannot compute, e.g. because this build has no code for it.
     pub copies: Result<(f64, f64), String>,
 }
 
 /// All GPUs, each tried out; or why there are none.
-#[cfg(feature = "cuda")]
 pub fn accelerators() -> Result<Vec<Accelerator>, String> {
+    match (cuda_accelerators(), metal_accelerator()) {
+        (Err(cuda), Err(metal)) => Err(format!("{cuda}; {metal}")),
+        (cuda, metal) => Ok(cuda.unwrap_or_default().into_iter().chain(metal).collect()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_accelerators() -> Result<Vec<Accelerator>, String> {
     use dormouse_kernels::cuda::{CopyRates, CudaError, Gpu, devices, driver_version};
     let find = || Ok((driver_version()?, devices()?));
     let ((major, minor), found) = find().map_err(|error: CudaError| error.to_string())?;
@@ -136,18 +167,35 @@ pub fn accelerators() -> Result<Vec<Accelerator>, String> {
     let accelerator = |(ordinal, facts): (usize, dormouse_kernels::cuda::DeviceFacts)| Accelerator {
         device: format!("cuda:{ordinal}"),
         memory_bytes: facts.memory_bytes as u64,
-        compute_capability: format!("{}.{}", facts.major, facts.minor),
-        driver: format!("CUDA {major}.{minor}"),
+        compute_capability: Some(format!("{}.{}", facts.major, facts.minor)),
+        driver: Some(format!("CUDA {major}.{minor}")),
         copies: measure(ordinal).map_err(|error: CudaError| error.to_string()),
         name: facts.name,
     };
     Ok(found.into_iter().enumerate().map(accelerator).collect())
 }
 
-/// All GPUs, each tried out; or why there are none.
 #[cfg(not(feature = "cuda"))]
-pub fn accelerators() -> Result<Vec<Accelerator>, String> {
-    Err("this build computes on the CPU alone (its feature 'cuda' is off)".into())
+fn cuda_accelerators() -> Result<Vec<Accelerator>, String> {
+    Err(NO_CUDA.to_owned())
+}
+
+#[cfg(feature = "metal")]
+fn metal_accelerator() -> Result<Accelerator, String> {
+    let device = crate::metal::MetalDevice::open(None)?;
+    Ok(Accelerator {
+        device: "metal".to_owned(),
+        name: device.architecture(),
+        memory_bytes: device.free_bytes().unwrap_or(0) as u64,
+        compute_capability: None,
+        driver: None,
+        copies: device.measure_copies(),
+    })
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal_accelerator() -> Result<Accelerator, String> {
+    Err(NO_METAL.to_owned())
 }
 
 fn not_here(choice: DeviceChoice, what: impl Into<String>) -> ModelError {
@@ -162,7 +210,17 @@ fn cuda(number: usize, budget_bytes: Option<u64>) -> Result<Device, String> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize, _: Option<u64>) -> Result<Device, String> {
-    Err("this build has no code for CUDA (its feature 'cuda' is off)".into())
+    Err(NO_CUDA.to_owned())
+}
+
+#[cfg(feature = "metal")]
+fn metal(budget_bytes: Option<u64>) -> Result<Device, String> {
+    crate::metal::MetalDevice::open(budget_bytes).map(Device::Metal)
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal(_: Option<u64>) -> Result<Device, String> {
+    Err(NO_METAL.to_owned())
 }
 
 #[cfg(test)]
@@ -183,10 +241,10 @@ mod tests {
     #[test]
     fn what_this_build_cannot_do_is_said_in_one_sentence() {
         let refused = |choice| Device::open(choice, None).unwrap_err().to_string();
-        assert_eq!(
-            refused(DeviceChoice::Metal),
-            "device metal: this build has no code for Metal; use --device cpu"
-        );
+        #[cfg(not(feature = "metal"))]
+        assert!(refused(DeviceChoice::Metal).starts_with("device metal: this build has no code for Metal"));
+        #[cfg(all(feature = "metal", not(target_os = "macos")))]
+        assert!(refused(DeviceChoice::Metal).starts_with("device metal: Metal is there on macOS alone"));
         #[cfg(not(feature = "cuda"))]
         assert!(refused(DeviceChoice::Cuda(1)).starts_with("device cuda:1: this build has no code for CUDA"));
     }

@@ -12,8 +12,12 @@ pub mod device;
 pub mod error;
 pub mod gguf;
 pub mod likelihood;
+#[cfg(feature = "metal")]
+pub mod metal;
 pub mod model;
 pub mod pack;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+mod places;
 pub mod pull;
 pub mod safetensors;
 pub mod source;

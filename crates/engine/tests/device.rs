@@ -1,7 +1,8 @@
-//! The engine over a CUDA device: whatever happens to device memory and to the process, sessions go on with the same tokens.
-//! Needs a device, or the emulated one that `scripts/check_cuda` brings, with a model small enough for it.
+//! The engine over a device: whatever happens to device memory and to the process, sessions go on with the same tokens. With the
+//! feature `cuda`, a CUDA device, or the emulated one that `scripts/check_cuda` brings, with a model small enough for it; with
+//! `metal` alone, the same code as on Metal over candle's CPU device.
 
-#![cfg(feature = "cuda")]
+#![cfg(any(feature = "cuda", feature = "metal"))]
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -12,16 +13,27 @@ use common::*;
 use dormouse_engine::{EngineError, Sampling};
 use dormouse_kernels::KvDtype;
 use dormouse_kv::Realm;
-use dormouse_models::{Device, DeviceChoice, Model};
+use dormouse_models::{Device, Model};
+
+#[cfg(feature = "cuda")]
+const KV_DTYPES: &[KvDtype] = &[KvDtype::F16, KvDtype::Q8_0];
+#[cfg(not(feature = "cuda"))]
+const KV_DTYPES: &[KvDtype] = &[KvDtype::F16];
+
+#[cfg(feature = "cuda")]
+fn device(budget_bytes: Option<u64>) -> Device {
+    let opened = Device::open(dormouse_models::DeviceChoice::Cuda(0), budget_bytes);
+    opened.unwrap_or_else(|error| panic!("{error}; scripts/check_cuda runs this without a device")).0
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device(budget_bytes: Option<u64>) -> Device {
+    Device::Metal(dormouse_models::metal::MetalDevice::over(candle_core::Device::Cpu, budget_bytes))
+}
 
 /// The model on the device, whose pages may take the room of so many.
 fn on_device(pages: Option<u64>, kv_dtype: KvDtype) -> Arc<Model> {
-    let open = |budget_bytes| {
-        let opened = Device::open(DeviceChoice::Cuda(0), budget_bytes);
-        let (device, _) =
-            opened.unwrap_or_else(|error| panic!("{error}; scripts/check_cuda runs this without a device"));
-        model_on(&device, CONTEXT, kv_dtype)
-    };
+    let open = |budget_bytes| model_on(&device(budget_bytes), CONTEXT, kv_dtype);
     match pages {
         None => open(None),
         Some(pages) => open(Some(pages * open(None).layout().page_bytes() as u64)),
@@ -38,7 +50,7 @@ fn new_rig(model: &Arc<Model>) -> Rig {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_stopped_or_was_killed_in_mid_answer_goes_on_with_the_same_tokens() {
-    for kv_dtype in [KvDtype::F16, KvDtype::Q8_0] {
+    for &kv_dtype in KV_DTYPES {
         let model = on_device(None, kv_dtype);
         let (prompt, ask) = (prose(1, 100), greedy(36));
         let (expected, _) = new_rig(&model).answer("s", &prompt, &ask).await;

@@ -29,7 +29,7 @@ use page_rows::{Keys, PageRows, Values};
 use plan::{Plan, Task, Tile};
 use product::{Left, multiply};
 use softmax::{Partial, softmax};
-pub use store::store_kv;
+pub use store::{store_kv, store_rows};
 
 /// Positions of one segment: a multiple of the page. Segments of one query may be computed by different threads.
 const SEGMENT: usize = 4 * PAGE_TOKENS;

@@ -125,22 +125,6 @@ pub struct Append<'a> {
     pub down: Span<'a, u8>,
 }
 
-/// Writes the rows of one layer, as [`Append::down`] receives them, to the pages of their sequences on the host.
-pub fn store_rows(layout: &PageLayout, layer: usize, sequences: &[Sequence<'_>], down: &[u8]) {
-    let (row_bytes, heads) = (layout.row_bytes(), layout.kv_heads);
-    for sequence in sequences {
-        for row in 0..sequence.rows {
-            let (position, at) = (sequence.start + row, (sequence.first_row + row) * 2 * heads);
-            let (page, place) = (sequence.pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
-            let stored = |head: usize| &down[(at + head) * row_bytes..][..row_bytes];
-            for head in 0..heads {
-                page.write_key(layout, layout.k_offset(layer, head), place, stored(head));
-                page.write(layout, layout.v_offset(layer, head) + place * row_bytes, stored(heads + head));
-            }
-        }
-    }
-}
-
 /// What attention needs to know about the batch.
 pub struct Attend<'a> {
     pub attention: Attention,

@@ -13,7 +13,7 @@ mod rows;
 mod tests;
 mod uploads;
 
-pub use attention::{Append, Attend, Tile, store_rows, tiles};
+pub use attention::{Append, Attend, Tile, tiles};
 pub use driver::{CudaError, DeviceFacts, devices, driver_version};
 pub use gpu::Gpu;
 pub use graph::Graph;

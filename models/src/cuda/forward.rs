@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dormouse_kernels::cpu::attention::Attention;
+use dormouse_kernels::cpu::attention::{Attention, store_rows};
 use dormouse_kernels::cuda::{
-    Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, store_rows, tiles,
+    Append, Attend, CudaError, DeviceBuffer, Gpu, Pinned, Rotation, Span, Tile, tiles,
 };
 use dormouse_kernels::{Cpu, PAGE_TOKENS, PageLayout};
 

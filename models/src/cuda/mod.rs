@@ -112,15 +112,7 @@ impl State {
         while !rest.is_empty() {
             let count = self.pages.fitting(rest).min(most);
             let (now, later) = rest.split_at(count);
-            let first = now[0].first_row;
-            let end = first + now.iter().map(|sequence| sequence.rows).sum::<usize>();
-            let mut sequences = now.to_vec();
-            sequences.iter_mut().for_each(|sequence| sequence.first_row -= first);
-            let own_logits = batch.logit_rows.iter().filter(|row| (first..end).contains(row));
-            let logit_rows: Vec<usize> = own_logits.map(|row| row - first).collect();
-            let part =
-                Batch { tokens: &batch.tokens[first..end], sequences: &sequences, logit_rows: &logit_rows };
-            match self.pass(cpu, weights, &part, wanted) {
+            match batch.part(now, |part| self.pass(cpu, weights, part, wanted)) {
                 Ok(()) => rest = later,
                 // Nothing was computed yet. What there is room for is a guess: others take memory, too.
                 Err(CudaError::NoRoom { .. }) if count > 1 => most = count / 2,

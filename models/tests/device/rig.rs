@@ -61,6 +61,7 @@ impl Computer {
     }
 
     /// Appends to several sessions in one batch: the likeliest token after each row, as the device finds it.
+    #[cfg(feature = "cuda")]
     pub fn likeliest(&mut self, parts: Vec<(&mut Session, &[u32])>) -> Vec<u32> {
         self.run(parts, true).unwrap();
         let (logits, likeliest) = self.backend.results_mut();

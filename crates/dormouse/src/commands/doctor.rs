@@ -101,9 +101,11 @@ fn look_at_devices(config: &Config, findings: &mut Findings) {
         let mut facts = json!({
             "name": gpu.name,
             "memory": Bytes(gpu.memory_bytes).to_string(),
-            "compute_capability": gpu.compute_capability,
-            "driver": gpu.driver,
         });
+        if let (Some(capability), Some(driver)) = (gpu.compute_capability, gpu.driver) {
+            facts["compute_capability"] = capability.into();
+            facts["driver"] = driver.into();
+        }
         match gpu.copies {
             Ok((up, down)) => {
                 facts["to_device_gb_per_s"] = gigabytes(up).into();

@@ -48,6 +48,23 @@ pub fn store_kv(
     });
 }
 
+/// Writes the keys and values of one layer, as a device stored them, `[rows, {K, V}, kv_heads, row_bytes]`, to the pages of
+/// their sequences.
+pub fn store_rows(layout: &PageLayout, layer: usize, sequences: &[Sequence<'_>], down: &[u8]) {
+    let (row_bytes, heads) = (layout.row_bytes(), layout.kv_heads);
+    for sequence in sequences {
+        for row in 0..sequence.rows {
+            let (position, at) = (sequence.start + row, (sequence.first_row + row) * 2 * heads);
+            let (page, place) = (sequence.pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
+            let stored = |head: usize| &down[(at + head) * row_bytes..][..row_bytes];
+            for head in 0..heads {
+                page.write_key(layout, layout.k_offset(layer, head), place, stored(head));
+                page.write(layout, layout.v_offset(layer, head) + place * row_bytes, stored(heads + head));
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn store_row<L: Lanes>(
     layout: &PageLayout,

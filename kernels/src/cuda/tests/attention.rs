@@ -1,7 +1,8 @@
 use super::*;
 use crate::cpu::Cpu;
+use crate::cpu::attention::store_rows;
 use crate::cpu::attention::{Attention, Sequence, attend, store_kv};
-use crate::cuda::{Append, Attend, store_rows, tiles};
+use crate::cuda::{Append, Attend, tiles};
 use crate::page::{KvDtype, PAGE_TOKENS, PageLayout, PagePtr};
 use crate::testing::values;
 

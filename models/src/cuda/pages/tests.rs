@@ -1,6 +1,6 @@
 //! They need a device, or the emulated one that `scripts/check_cuda` brings along.
 
-use dormouse_kernels::KvDtype;
+use dormouse_kernels::{KvDtype, PAGE_TOKENS};
 
 use super::*;
 
@@ -41,7 +41,7 @@ fn on_device(cache: &PageCache, pages: &[PagePtr]) -> Vec<Vec<u8>> {
     let mut host = Pinned::new(&cache.gpu, LAYOUT.page_bytes()).unwrap();
     let read = |page: &PagePtr| {
         // SAFETY: it is waited for before anything else is done with the memory.
-        unsafe { cache.span(cache.held[page].place).copy_out(&cache.gpu, &mut host).unwrap() };
+        unsafe { cache.span(cache.places.of(page).unwrap()).copy_out(&cache.gpu, &mut host).unwrap() };
         cache.gpu.wait().unwrap();
         host.as_slice().to_vec()
     };
@@ -78,7 +78,7 @@ fn a_layer_that_was_asked_for_after_its_pages_part_finds_it() {
         for page in &pages {
             let part = layer * layer_bytes..(layer + 1) * layer_bytes;
             let mut host = Pinned::new(&cache.gpu, layer_bytes).unwrap();
-            let span = cache.span(cache.held[page].place).part(part.clone());
+            let span = cache.span(cache.places.of(page).unwrap()).part(part.clone());
             // SAFETY: it is waited for before anything else is done with the memory.
             unsafe { span.copy_out(&cache.gpu, &mut host).unwrap() };
             cache.gpu.wait().unwrap();
@@ -110,7 +110,7 @@ fn sequences_that_share_a_page_bring_it_up_once_as_far_as_any_needs_it() {
     let sequences = [short, Sequence { first_row: 1, ..whole(&pages) }, short];
     let addresses = cache.place(&sequences).unwrap();
     assert_eq!((addresses[0], addresses[0]), (addresses[1], addresses[3]));
-    let coming: Vec<usize> = cache.coming.iter().map(|coming| coming.positions).collect();
+    let coming: Vec<usize> = cache.places.coming().iter().map(|coming| coming.positions).collect();
     assert_eq!(coming, [PAGE_TOKENS, PAGE_TOKENS - 1]);
 }
 
@@ -126,18 +126,18 @@ fn a_last_piece_that_is_not_whole_has_places_for_the_pages_that_it_holds_and_no_
     }
     assert!(on_device(&cache, &pages[..5]) == bytes(&pages[..5]), "none lies over another");
     cache.wrote(&[whole(&pages[..5])]);
-    assert_eq!((cache.places, cache.pieces.len()), (5, 3));
-    assert_eq!(cache.pieces[2].len(), cache.stride);
+    assert_eq!((cache.memory.places, cache.memory.pieces.len()), (5, 3));
+    assert_eq!(cache.memory.pieces[2].len(), cache.memory.stride);
     addresses.sort_unstable();
     addresses.dedup();
     assert_eq!(addresses.len(), 5);
     // A sixth page takes the place of the one that was used longest ago, and together they have no room.
     cache.place(&[whole(&pages[1..5])]).unwrap();
     let sixth = cache.place(&[whole(&pages[5..])]).unwrap();
-    assert!(addresses.contains(&sixth[0]) && !cache.held.contains_key(&pages[0]));
+    assert!(addresses.contains(&sixth[0]) && cache.places.of(&pages[0]).is_none());
     assert!(cache.place(&[whole(&pages)]).is_err());
     assert_eq!(cache.fitting(&[whole(&pages[..3]), whole(&pages[2..5]), whole(&pages[5..])]), 2);
     cache.give_back();
-    assert_eq!((cache.places, cache.pieces.len()), (0, 0));
+    assert_eq!((cache.memory.places, cache.memory.pieces.len()), (0, 0));
     assert!(cache.check_room(5).is_ok() && cache.check_room(6).is_err());
 }

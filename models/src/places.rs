@@ -1,0 +1,162 @@
+//! Which mapped pages a device has copies of, and in which places of its memory: the bookkeeping of a cache of pages,
+//! whatever that memory is.
+//!
+//! A page's address in the mapping names it. What the device holds of a page are its first positions, with the bytes that the
+//! mapping has there: both are written by forward passes, and whoever else writes a mapped page says so ([`Places::forget`]).
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+use dormouse_kernels::cpu::attention::Sequence;
+use dormouse_kernels::{PAGE_TOKENS, PagePtr};
+
+/// A page that the device holds.
+struct Held {
+    place: usize,
+    /// Its first positions, which are as in the mapping.
+    positions: usize,
+    last_used: u64,
+}
+
+/// A page of which a pass needs what the device lacks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Coming {
+    pub page: PagePtr,
+    pub place: usize,
+    /// The positions that the device has once it is there.
+    pub positions: usize,
+}
+
+/// A step's pages have no room together; so many have.
+#[derive(Debug)]
+pub(crate) struct Full(pub usize);
+
+#[derive(Default)]
+pub(crate) struct Places {
+    free: Vec<usize>,
+    held: HashMap<PagePtr, Held>,
+    clock: u64,
+    /// What the device lacks of the pages of the pass that is being made.
+    coming: Vec<Coming>,
+}
+
+impl Places {
+    pub fn forget(&mut self, pages: &[PagePtr]) {
+        for page in pages {
+            if let Some(held) = self.held.remove(page) {
+                self.free.push(held.place);
+            }
+        }
+    }
+
+    pub fn forget_all(&mut self) {
+        self.free.extend(self.held.drain().map(|(_, held)| held.place));
+    }
+
+    /// Gives every page of `sequences` a place, and notes what the device lacks of them ([`Places::coming`]). Where no place is
+    /// free, `grow` is asked for more; where it has none, the least recently used pages make room. The places of all their
+    /// pages, one sequence after the other; of pages that nothing is known of yet, none.
+    pub fn place(
+        &mut self,
+        sequences: &[Sequence<'_>],
+        grow: &mut dyn FnMut() -> Range<usize>,
+    ) -> Result<Vec<Option<usize>>, Full> {
+        self.clock += 1;
+        self.coming.clear();
+        for page in sequences.iter().flat_map(|sequence| pages_of(sequence)) {
+            if let Some(held) = self.held.get_mut(page) {
+                held.last_used = self.clock;
+            }
+        }
+        let (mut places, mut coming) = (Vec::new(), HashMap::new());
+        for sequence in sequences {
+            let used = pages_of(sequence).len();
+            for (index, page) in sequence.pages.iter().enumerate() {
+                if index >= used {
+                    places.push(None);
+                    continue;
+                }
+                let place = self.place_of(*page, grow)?;
+                let needed = sequence.start.saturating_sub(index * PAGE_TOKENS).min(PAGE_TOKENS);
+                if self.held[page].positions < needed {
+                    // Sequences that begin alike share pages, and may need more of one or less.
+                    let known = coming.entry(*page).or_insert_with(|| {
+                        self.coming.push(Coming { page: *page, place, positions: 0 });
+                        self.coming.len() - 1
+                    });
+                    let positions = &mut self.coming[*known].positions;
+                    *positions = needed.max(*positions);
+                }
+                places.push(Some(place));
+            }
+        }
+        Ok(places)
+    }
+
+    fn place_of(&mut self, page: PagePtr, grow: &mut dyn FnMut() -> Range<usize>) -> Result<usize, Full> {
+        if let Some(held) = self.held.get(&page) {
+            return Ok(held.place);
+        }
+        let place = self.take_place(grow)?;
+        self.held.insert(page, Held { place, positions: 0, last_used: self.clock });
+        Ok(place)
+    }
+
+    fn take_place(&mut self, grow: &mut dyn FnMut() -> Range<usize>) -> Result<usize, Full> {
+        if self.free.is_empty() {
+            self.free.extend(grow().rev());
+        }
+        if let Some(place) = self.free.pop() {
+            return Ok(place);
+        }
+        // The least recently used pages that this pass does not need, several at once, so that they are not looked for
+        // again for the next page.
+        let others = self.held.iter().filter(|(_, held)| held.last_used < self.clock);
+        let mut oldest: Vec<(u64, PagePtr)> = others.map(|(page, held)| (held.last_used, *page)).collect();
+        oldest.sort_unstable();
+        oldest.truncate((self.held.len() / 16).max(1));
+        let pages: Vec<PagePtr> = oldest.into_iter().map(|(_, page)| page).collect();
+        self.forget(&pages);
+        self.free.pop().ok_or(Full(self.held.len()))
+    }
+
+    /// What the device lacks of the pages that were placed.
+    pub fn coming(&self) -> &[Coming] {
+        &self.coming
+    }
+
+    /// After a pass: the device and the mapping hold what was coming, and the rows of `sequences`.
+    pub fn wrote(&mut self, sequences: &[Sequence<'_>]) {
+        for coming in self.coming.drain(..) {
+            self.held.entry(coming.page).and_modify(|held| held.positions = coming.positions);
+        }
+        for sequence in sequences {
+            let end = sequence.start + sequence.rows;
+            for (index, page) in pages_of(sequence).iter().enumerate().skip(sequence.start / PAGE_TOKENS) {
+                let positions = (end - index * PAGE_TOKENS).min(PAGE_TOKENS);
+                self.held.entry(*page).and_modify(|held| held.positions = positions);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub fn of(&self, page: &PagePtr) -> Option<usize> {
+        self.held.get(page).map(|held| held.place)
+    }
+}
+
+/// The pages of all positions up to the last row's.
+pub(crate) fn pages_of<'a>(sequence: &Sequence<'a>) -> &'a [PagePtr] {
+    &sequence.pages[..(sequence.start + sequence.rows).div_ceil(PAGE_TOKENS)]
+}
+
+/// How many of the sequences, from the first on, have room for their pages together among `most`: at least one, whether or
+/// not it has.
+pub(crate) fn fitting(sequences: &[Sequence<'_>], most: usize) -> usize {
+    let mut pages = HashSet::<PagePtr>::new();
+    let fits = |sequence: &&Sequence<'_>| {
+        pages.extend(pages_of(sequence));
+        pages.len() <= most
+    };
+    sequences.iter().take_while(fits).count().max(1)
+}
