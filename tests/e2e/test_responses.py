@@ -260,6 +260,20 @@ def test_a_stream_is_left_and_taken_up_again(client, ask, server):
     assert_whole(raw_events(server, response))
 
 
+def test_a_response_whose_client_leaves_is_cancelled_and_its_conversation_is_free(client, ask):
+    """As the stop button of a chat, or a client's timeout, leaves it."""
+    conversation = client.conversations.create()
+    stream = ask(stream=True, conversation=conversation.id, max_output_tokens=400, **STEADY)
+    seen = [next(stream) for _ in range(9)]
+    stream.close()
+    response = seen[0].response.id
+    ended = harness.wait_until(
+        lambda: (found := client.responses.retrieve(response)).status != "in_progress" and found, "its end"
+    )
+    assert ended.status == "cancelled" and ended.output_text.startswith(text_of(seen))
+    assert ask("Thanks.", conversation=conversation.id, max_output_tokens=4, **STEADY).usage.output_tokens == 4
+
+
 def test_a_killed_server_goes_on_with_the_stream_and_tells_the_same_events(start, dice):
     server = start()
     ask = asker(server.openai())

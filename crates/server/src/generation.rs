@@ -102,7 +102,13 @@ fn output_format(fields: &Fields<'_>) -> Result<OutputFormat, ApiError> {
     let Some(format) = fields.object("response_format")? else { return Ok(OutputFormat::Text) };
     match format.get("type").and_then(Value::as_str) {
         Some("text") => Ok(OutputFormat::Text),
-        Some("json_object") => Ok(OutputFormat::JsonObject),
+        Some("json_object") => Ok(match format.get("schema").filter(|schema| !schema.is_null()) {
+            None => OutputFormat::JsonObject,
+            // As llama.cpp's server and others spell a schema.
+            Some(schema) => {
+                OutputFormat::JsonSchema { name: "answer".into(), schema: schema.clone(), strict: false }
+            }
+        }),
         Some("json_schema") => {
             let outer = Fields::inside(format, "response_format.");
             let Some(named) = outer.object("json_schema")? else {
@@ -111,11 +117,9 @@ fn output_format(fields: &Fields<'_>) -> Result<OutputFormat, ApiError> {
             };
             json_schema(named, "response_format.json_schema.")
         }
-        other => {
-            let text = format!(
-                "response_format: expected the type \"text\", \"json_object\" or \"json_schema\", found {other:?}"
-            );
-            Err(ApiError::invalid("response_format", text))
+        _ => {
+            let kinds = "\"text\", \"json_object\" or \"json_schema\"";
+            Err(Fields::inside(format, "response_format.").expected("type", kinds))
         }
     }
 }

@@ -392,7 +392,7 @@ pub enum SessionError {
     /// Status 400, code `context_length_exceeded`.
     #[error(
         "this model's maximum context length is {context} tokens, but the prompt has {}{tokens} and needs room for an \
-         answer: shorten it, or rewind the session",
+         answer: shorten it, or rewind the session (context_length_exceeded)",
         if *or_more { "at least " } else { "" }
     )]
     ContextLengthExceeded {

@@ -50,6 +50,7 @@ pub(crate) struct Run {
 struct Hearing {
     hub: Arc<Hub>,
     engine: Engine,
+    inner: Arc<Inner>,
     /// The turn says more of its prompt before it is in progress.
     scores: bool,
     /// Taken with the last event.
@@ -80,11 +81,12 @@ impl Submitted {
 type Heard = (Said, Result<Finish, EngineError>);
 
 impl Hearing {
-    fn of(run: &Run, hub: &Arc<Hub>) -> (Hearing, oneshot::Receiver<Heard>) {
+    fn of(run: &Run, hub: &Arc<Hub>, inner: &Arc<Inner>) -> (Hearing, oneshot::Receiver<Heard>) {
         let (end, heard) = oneshot::channel();
         let rest = Mutex::new(Some((Said::default(), end)));
         let scores = run.spec.prompt_logprobs.is_some();
-        (Hearing { hub: Arc::clone(hub), engine: run.engine.clone(), scores, rest }, heard)
+        let (hub, inner, engine) = (Arc::clone(hub), Arc::clone(inner), run.engine.clone());
+        (Hearing { hub, engine, inner, scores, rest }, heard)
     }
 
     fn rest(&self) -> MutexGuard<'_, Option<(Said, oneshot::Sender<Heard>)>> {
@@ -100,7 +102,7 @@ impl Hearing {
         if !delta.is_empty() || logprob.is_some() {
             self.hub.publish(2 + index as u64, TurnEventBody::Delta { delta, token, logprob });
         }
-        if self.hub.cancel_when_left && self.hub.is_left() {
+        if was_left(&self.hub, &self.inner) {
             self.engine.cancel(&self.hub.turn);
         }
     }
@@ -124,6 +126,11 @@ impl Listener for Hearing {
             Event::Failed(why) => self.end(Err(why)),
         }
     }
+}
+
+/// Whether a turn is to be cancelled because nobody waits for it. When the server stops, it leaves its clients.
+fn was_left(hub: &Hub, inner: &Inner) -> bool {
+    hub.cancel_when_left && hub.is_left() && !inner.is_stopping()
 }
 
 /// How a turn ended.
@@ -188,7 +195,7 @@ impl Runtime {
                     // An error means that the other turn is gone, which opens the gate as well.
                     gate.wait_for(|open| *open).await.ok();
                 }
-                let (listener, end) = Hearing::of(run, hub);
+                let (listener, end) = Hearing::of(run, hub, &self.inner);
                 run.engine.submit(run.spec.clone(), listener)?;
                 Submitted(end)
             }
@@ -222,7 +229,7 @@ impl Runtime {
         loop {
             match tokio::time::timeout(LEFT_CHECK, &mut end).await {
                 Ok(heard) => return heard.ok(),
-                Err(_) if hub.is_left() => run.engine.cancel(&hub.turn),
+                Err(_) if was_left(hub, &self.inner) => run.engine.cancel(&hub.turn),
                 Err(_) => {}
             }
         }
@@ -442,11 +449,12 @@ impl Run {
     pub fn early(
         &self,
         hub: &Arc<Hub>,
+        inner: &Arc<Inner>,
     ) -> Option<(impl FnOnce(&SessionRow) + Send + 'static + use<>, Submitted)> {
         if self.gate.is_some() {
             return None;
         }
-        let (listener, end) = Hearing::of(self, hub);
+        let (listener, end) = Hearing::of(self, hub, inner);
         let (engine, mut spec) = (self.engine.clone(), self.spec.clone());
         let submit = move |row: &SessionRow| {
             lease(&mut spec, &engine, row);

@@ -111,7 +111,8 @@ impl Runtime {
         let start = Start {
             background: request.background,
             truncate: request.truncate,
-            cancel_when_left: !request.store,
+            // As with OpenAI: who leaves cancels what was not to go on in the background.
+            cancel_when_left: !request.background,
             ..Start::new(request.input.clone(), request.generation.clone())
         };
         if let Some(conversation) = &request.conversation {

@@ -282,7 +282,7 @@ impl Runtime {
         let (change, cancel_when_left) = (plan.change.clone(), start.cancel_when_left);
         let mut run = plan.into_run(tenant, start);
         let hub = run.hub(cancel_when_left);
-        let (submit, submitted) = run.early(&hub).unzip();
+        let (submit, submitted) = run.early(&hub, &self.inner).unzip();
         let leased = |row: &SessionRow| submit.map_or((), |submit| submit(row));
         let row = match self.inner.store.begin_turn_early(change, leased).await {
             Ok(row) => row,

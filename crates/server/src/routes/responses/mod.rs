@@ -158,6 +158,10 @@ fn blame(error: SessionError, conversation: bool) -> ApiError {
     if is_conversation {
         error = super::conversations::not_found(error);
     }
+    if is_previous {
+        // OpenAI's code, by which clients know to send the whole history.
+        error.code = Some("previous_response_not_found");
+    }
     error.param = match error.param.as_deref() {
         _ if is_previous => Some("previous_response_id".into()),
         Some("messages") => Some("input".into()),

@@ -42,6 +42,10 @@ pub fn parse(fields: &Fields<'_>, random_seed: u64) -> Result<Parsed, ApiError> 
             return Err(ApiError::unsupported(name, format!("{name}: not supported; leave it out")));
         }
     }
+    // Ignored, it would let an answer run to the end of the context.
+    for name in ["max_tokens", "max_completion_tokens"].into_iter().filter(|name| fields.get(name).is_some()) {
+        return Err(ApiError::unsupported(name, format!("{name}: not supported here; use max_output_tokens")));
+    }
     let (stream, background) = (flag(fields, "stream", false)?, flag(fields, "background", false)?);
     let store = flag(fields, "store", true)?;
     if background && !store {
