@@ -12,6 +12,7 @@ pub mod device;
 pub mod error;
 pub mod gguf;
 pub mod likelihood;
+pub mod machine;
 pub mod model;
 pub mod pack;
 pub mod pull;
