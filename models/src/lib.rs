@@ -12,6 +12,7 @@ pub mod device;
 pub mod error;
 pub mod gguf;
 pub mod likelihood;
+pub mod machine;
 #[cfg(feature = "metal")]
 pub mod metal;
 pub mod model;

@@ -19,6 +19,7 @@ use rustix::fs::{FallocateFlags, FlockOperation};
 use serde::{Deserialize, Serialize};
 
 use crate::ModelError;
+use crate::machine::Memory;
 use crate::weights::{Operand, Tensor, WeightSource};
 
 const MAGIC: &[u8; 8] = b"DORMPACK";
@@ -335,9 +336,7 @@ fn map_pack(path: &Path, weights_hash: &[u8; 32]) -> Option<PackedWeights> {
 /// Brings a pack into RAM and into the page tables in the background, so that the first answer does not wait for it piece by
 /// piece. One that would take much of the machine's memory is left to be read as it is needed.
 fn read_ahead(map: &Arc<Mmap>) {
-    let system = rustix::system::sysinfo();
-    let memory = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
-    if map.len() as u64 > memory / 4 {
+    if map.len() as u64 > Memory::here().total / 4 {
         return;
     }
     let map = map.clone();

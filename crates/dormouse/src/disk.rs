@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 
 /// Enough to get past the disk's own short bursts, little enough to be done in a moment.
@@ -81,7 +80,7 @@ pub fn read_speed(file: &mut File) -> Result<f64> {
 
 /// Asks the system to forget the file's clean pages in RAM.
 pub fn drop_cache(file: &File) -> Result<()> {
-    fadvise(file, 0, None, Advice::DontNeed).context("the page cache of the file cannot be dropped")
+    dormouse_kv::drop_cache(file).context("the page cache of the file cannot be dropped")
 }
 
 fn megabytes_per_second(bytes: usize, begun: Instant) -> f64 {

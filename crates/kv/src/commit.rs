@@ -7,13 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use dormouse_store::{Durability, PageRow, RemovedPage};
 
-use crate::KvError;
 use crate::file::MappedRange;
 use crate::pool::PagePool;
 use crate::table::{BlockTable, TableId};
-
-/// With more ranges than this, one `fdatasync` of the file is cheaper: every `msync` waits for the disk's cache.
-const MOST_RANGES_TO_SYNC: usize = 4;
+use crate::{KvError, system};
 
 /// What a commit does with a table's last page while that may still grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +85,7 @@ impl SyncRange {
         if durability != Durability::Power || self.ranges.is_empty() {
             return Ok(());
         }
-        // A range at a time leaves alone the pages that other turns are writing just now.
-        let synced = if self.ranges.len() <= MOST_RANGES_TO_SYNC {
-            self.ranges.iter().try_for_each(MappedRange::sync)
-        } else {
-            self.file.sync_data()
-        };
-        synced.map_err(|source| {
+        system::sync(&self.file, &self.ranges).map_err(|source| {
             self.poisoned.store(true, Ordering::Release);
             KvError::io("sync", &self.path)(source)
         })
@@ -292,7 +283,7 @@ mod tests {
             path: PathBuf::from("pages"),
             poisoned: Arc::clone(&poisoned),
         };
-        assert!(sync.ranges.len() > MOST_RANGES_TO_SYNC);
+        assert_eq!(sync.ranges.len(), 8, "so many that it is the file that is synced");
         sync.sync(Durability::Process).unwrap();
         assert!(matches!(sync.sync(Durability::Power), Err(KvError::Io { action: "sync", .. })));
         assert!(poisoned.load(Ordering::Acquire));

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::header::{HEADER_BYTES, Header};
-use crate::{Identity, KvError};
+use crate::{Identity, KvError, system};
 use dormouse_kernels::PageLayout;
 
 /// A part of the file that was mapped in one piece. It is never unmapped or moved while anything refers to it.
@@ -114,7 +114,7 @@ impl PageFile {
         debug_assert!(more > 0);
         let end = self.offset_of(self.slots);
         let bytes = u64::from(more) * self.header.slot_bytes as u64;
-        if let Err(errno) = rustix::fs::fallocate(&*self.file, FallocateFlags::empty(), end, bytes) {
+        if let Err(errno) = system::reserve(&self.file, end, bytes) {
             // Some file systems keep what they could reserve before they failed.
             self.file.set_len(end).map_err(KvError::io("shrink", &self.path))?;
             return Err(match errno {

@@ -20,6 +20,9 @@ mod pool;
 mod rebuild;
 mod residency;
 mod slots;
+#[cfg_attr(target_vendor = "apple", path = "system/apple.rs")]
+#[cfg_attr(not(target_vendor = "apple"), path = "system/linux.rs")]
+mod system;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -32,4 +35,5 @@ pub use identity::{Identity, Realm};
 pub use pool::{Attached, Found, Limits, PagePool, Stats, VerifyReport};
 pub use rebuild::OpenReport;
 pub use residency::{PageIn, PageOut};
+pub use system::drop_cache;
 pub use table::{BlockTable, TableId};

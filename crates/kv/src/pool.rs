@@ -244,7 +244,7 @@ impl PagePool {
             return None;
         }
         let pages = found.path.slots.iter().flat_map(|slot| self.file.ranges([*slot])).collect();
-        Some(PageIn::new(pages, self.path().to_path_buf()))
+        Some(PageIn::new(pages, Arc::clone(&self.file.file), self.path().to_path_buf()))
     }
 
     /// Makes a table of the pages that hold the longest prefix of `tokens` that the realm knows, all of them read,
@@ -347,7 +347,8 @@ impl PagePool {
         for (slot, node) in self.tree.iter().filter(|(_, node)| node.committed > 0) {
             report.pages += 1;
             report.bytes += (node.committed * self.layout().token_bytes()) as u64;
-            let readable = self.file.ranges([slot]).iter().all(|range| range.populate().is_ok());
+            let readable =
+                self.file.ranges([slot]).iter().all(|range| range.populate(&self.file.file).is_ok());
             if !readable || self.checksum(slot, node.committed) != node.checksum {
                 report.damaged.push(slot);
             }
@@ -391,14 +392,15 @@ impl PagePool {
         let is_wanted = |slot: &u32| some_are_missing || !self.tree.node(*slot).mapped;
         let wanted: Vec<u32> = slots.iter().copied().filter(is_wanted).collect();
         let mut unreadable = Vec::new();
-        let file = &self.file;
+        let pages = &self.file;
         let failed = in_parallel(&wanted, |slots| {
-            file.ranges(slots.iter().copied()).iter().any(|range| range.populate().is_err())
+            pages.ranges(slots.iter().copied()).iter().any(|range| range.populate(&pages.file).is_err())
         })
         .contains(&true);
         for slot in wanted {
             if failed
-                && let Some(error) = self.file.ranges([slot]).iter().find_map(|range| range.populate().err())
+                && let Some(error) =
+                    pages.ranges([slot]).iter().find_map(|range| range.populate(&pages.file).err())
             {
                 tracing::error!(path = %self.path().display(), slot, %error, "could not read a KV page");
                 unreadable.push(slot);

@@ -6,9 +6,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memmap2::{Advice, UncheckedAdvice};
-
 use crate::file::MappedRange;
+use crate::system;
 
 /// Memory pages looked at in one `mincore` call; its answer is one byte for each.
 const MINCORE_BATCH: usize = 16 << 10;
@@ -38,6 +37,7 @@ pub struct PageIn {
     /// In the order of the sequence, from its page `first` on.
     pages: Vec<MappedRange>,
     first: usize,
+    file: Arc<File>,
     path: PathBuf,
     progress: Mutex<Progress>,
 }
@@ -56,13 +56,13 @@ struct Progress {
 
 impl PageIn {
     /// What of a sequence's `pages` has to come from disk: all from the first that is not in RAM on.
-    pub(crate) fn new(mut pages: Vec<MappedRange>, path: PathBuf) -> PageIn {
+    pub(crate) fn new(mut pages: Vec<MappedRange>, file: Arc<File>, path: PathBuf) -> PageIn {
         let mut missing = missing_bytes(&pages);
         let first = missing.iter().position(|bytes| *bytes > 0).unwrap_or(0);
         pages.drain(..first);
         missing.drain(..first);
         let progress = Progress { unread: 0..pages.len(), reading: Vec::new(), missing, bytes_read: 0 };
-        PageIn { pages, first, path, progress: Mutex::new(progress) }
+        PageIn { pages, first, file, path, progress: Mutex::new(progress) }
     }
 
     /// Looks again what is missing, just before it is read: others may have read it meanwhile.
@@ -106,7 +106,7 @@ impl PageIn {
         let Some(index) = take(&mut progress.unread) else { return false };
         progress.reading.push(index);
         drop(progress);
-        let outcome = self.pages[index].populate();
+        let outcome = self.pages[index].populate(&self.file);
         let mut progress = self.lock();
         progress.reading.retain(|reading| *reading != index);
         match outcome {
@@ -143,9 +143,20 @@ fn missing_bytes(pages: &[MappedRange]) -> Vec<u64> {
 }
 
 impl MappedRange {
-    fn as_ptr(&self) -> *mut u8 {
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
         assert!(self.offset + self.len <= self.extent.map.len());
         self.extent.map.as_mut_ptr().wrapping_add(self.offset)
+    }
+
+    /// The whole memory pages that the range lies in, and their bytes. A system may have larger ones than slots are aligned to.
+    pub(crate) fn memory_pages(&self) -> (*mut u8, usize) {
+        let before = self.as_ptr() as usize % rustix::param::page_size();
+        (self.as_ptr().wrapping_sub(before), before + self.len)
+    }
+
+    /// Place of the range in the file.
+    pub(crate) fn file_offset(&self) -> u64 {
+        self.extent.file_offset + self.offset as u64
     }
 
     /// Bytes of the range that are in RAM (in the page cache, mapped or not). A kernel that cannot say counts as
@@ -183,44 +194,21 @@ impl MappedRange {
     ///
     /// # Errors
     /// The disk's error when some of it cannot be read.
-    pub(crate) fn populate(&self) -> io::Result<()> {
-        #[cfg(target_os = "linux")]
-        match self.extent.map.advise_range(Advice::PopulateRead, self.offset, self.len) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {} // before Linux 5.14
-            result => return result,
-        }
-        self.extent.map.advise_range(Advice::WillNeed, self.offset, self.len)
+    pub(crate) fn populate(&self, file: &File) -> io::Result<()> {
+        system::populate(self, file)
     }
 
     /// Gives the range's RAM back: from the process and, where the bytes are on disk already, from the page cache.
-    /// Bytes that are not yet on disk are written first only if `write_back` is set.
+    /// Bytes that are not yet on disk are written first where `write_back` is set or the system does nothing less.
     pub(crate) fn page_out(&self, file: &File, write_back: bool) -> io::Result<()> {
         if write_back {
             self.sync()?;
         }
-        #[cfg(target_os = "linux")]
-        {
-            // SAFETY: the range is mapped; the advice changes where its bytes are, never what they are.
-            let advised = unsafe {
-                rustix::mm::madvise(self.as_ptr().cast(), self.len, rustix::mm::Advice::LinuxPageOut)
-            };
-            match advised {
-                Ok(()) | Err(rustix::io::Errno::INVAL) => {} // before Linux 5.4, or pages that cannot move
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        // PAGEOUT sees only what this process has mapped. Unmapping the rest lets the page cache drop it, too.
-        // SAFETY: in a shared file mapping, dropped pages come back from the file with the bytes they had.
-        unsafe {
-            self.extent.map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.offset, self.len)?;
-        }
-        let offset = self.extent.file_offset + self.offset as u64;
-        let len = std::num::NonZeroU64::new(self.len as u64);
-        rustix::fs::fadvise(file, offset, len, rustix::fs::Advice::DontNeed)?;
-        Ok(())
+        system::page_out(self, file)
     }
 
-    /// Returns when the range's bytes are on disk.
+    /// Returns when the system has given the range's bytes to the disk, which may still keep them in a cache: `system::sync` is
+    /// what makes them durable.
     pub(crate) fn sync(&self) -> io::Result<()> {
         self.extent.map.flush_range(self.offset, self.len)
     }

@@ -150,8 +150,13 @@ fn most_connections() -> usize {
     let wanted = MOST_CONNECTIONS as u64 + OTHER_FILES;
     let raised = limit.maximum.unwrap_or(wanted).min(wanted);
     let current = limit.current.unwrap_or(wanted);
-    let raise = || setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum: limit.maximum });
-    let files = if current < raised && raise().is_ok() { raised } else { current };
+    let raise = |files| setrlimit(Resource::Nofile, Rlimit { current: Some(files), maximum: limit.maximum });
+    if current < raised && raise(raised).is_err() {
+        // macOS may grant no more than its OPEN_MAX, whatever it says the maximum is.
+        let refused = raise(raised.min(10_240).max(current));
+        tracing::debug!(?refused, "as many files as wanted cannot be open at once");
+    }
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(wanted);
     (files.saturating_sub(OTHER_FILES) as usize).clamp(64, MOST_CONNECTIONS)
 }
 

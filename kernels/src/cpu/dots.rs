@@ -29,13 +29,6 @@ pub trait Dots {
     fn store_rounded<const P: usize>(values: Self::F, to: &mut [[i8; LANES]; P]) -> i32;
 }
 
-/// Four quants as one little-endian word, to spread over all rows.
-#[inline(always)]
-fn word(quants: &[i8], four: usize) -> i32 {
-    let q = &quants[4 * four..4 * four + 4];
-    i32::from_le_bytes([q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8])
-}
-
 pub struct PortableDots;
 
 impl Dots for PortableDots {
@@ -95,8 +88,15 @@ pub use x86::{Avx2Dots, Avx512Dots, Avx512VnniDots, AvxVnniDots};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Dots, LANES, word};
+    use super::{Dots, LANES};
     use crate::cpu::lanes::{Avx2, Avx512};
+
+    /// Four quants as one little-endian word, to spread over all rows.
+    #[inline(always)]
+    fn word(quants: &[i8], four: usize) -> i32 {
+        let q = &quants[4 * four..4 * four + 4];
+        i32::from_le_bytes([q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8])
+    }
 
     /// Sums of products of a code of `bits` bits and a quant that fit an i16: `n · 2 · (2^bits − 1) · 128 < 2¹⁵`.
     const fn sums_in_i16(bits: usize) -> usize {

@@ -9,6 +9,8 @@
 
 mod activations;
 pub mod attention;
+#[cfg(test)]
+mod bits;
 pub(crate) mod disjoint;
 mod dots;
 mod floats;
@@ -28,6 +30,10 @@ pub use pool::Pool;
 
 /// Version of the arithmetic: raised whenever a change can alter bits. Part of the numerics tag.
 pub const KERNELS_VERSION: u32 = 2;
+
+/// Sines of positions and weights of experts come from the system's mathematics library. Apple's has not been held against glibc's,
+/// so its bits are taken for others.
+const SYSTEM: &str = if cfg!(target_vendor = "apple") { "-apple" } else { "" };
 
 /// Where CPU kernels run: an instruction-set tier and a pool of threads.
 pub struct Cpu {
@@ -50,6 +56,6 @@ impl Cpu {
     /// Identity of the bits these kernels produce: version, arithmetic and precision. Neither threads nor the tier matter beyond
     /// that.
     pub fn numerics(&self) -> String {
-        format!("cpu{KERNELS_VERSION}-{}-{}", self.isa.arithmetic(), self.precision.name())
+        format!("cpu{KERNELS_VERSION}-{}-{}{SYSTEM}", self.isa.arithmetic(), self.precision.name())
     }
 }

@@ -73,11 +73,21 @@ impl ChildServer {
 
     /// Bytes of RAM that the process holds, mapped files included.
     pub fn resident_bytes(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.process.id());
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kilobytes = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-        Ok(kilobytes.with_context(|| format!("{path} does not say VmRSS"))? * 1024)
+        let id = self.process.id().to_string();
+        // What `ps` says in every Unix, /proc says in Linux without a package for it.
+        let text = match fs::read_to_string(format!("/proc/{id}/status")) {
+            Ok(text) => text
+                .lines()
+                .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"))
+                .map(str::to_owned),
+            Err(_) => {
+                let ps =
+                    Command::new("ps").args(["-o", "rss=", "-p", &id]).output().context("cannot run ps")?;
+                Some(String::from_utf8_lossy(&ps.stdout).into_owned())
+            }
+        };
+        let kilobytes = text.and_then(|kilobytes| kilobytes.trim().parse::<u64>().ok());
+        Ok(kilobytes.context("the system does not say what memory the server holds")? * 1024)
     }
 }
 

@@ -7,6 +7,7 @@ use anyhow::Result;
 use dormouse_kernels::{Cpu, Isa};
 use dormouse_models::Device;
 use dormouse_models::device::accelerators;
+use dormouse_models::machine::{Memory, processor_name};
 use serde_json::{Map, Value, json};
 
 use crate::assemble::{self, assemble_pages};
@@ -82,8 +83,7 @@ fn look_at_machine(config: &Config, findings: &mut Findings) {
             config.threads
         ));
     }
-    let memory = rustix::system::sysinfo();
-    findings.fact("memory", Bytes(memory.totalram as u64 * u64::from(memory.mem_unit)).to_string());
+    findings.fact("memory", Bytes(Memory::here().total).to_string());
     findings.fact("memory_read_gb_per_s", round(measure_memory(config.threads)));
 }
 
@@ -118,12 +118,6 @@ fn look_at_devices(config: &Config, findings: &mut Findings) {
     if let Err(error) = Device::open(config.device, None) {
         findings.problem(error.to_string());
     }
-}
-
-fn processor_name() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_string())
 }
 
 fn look_at_disk(config: &Config, findings: &mut Findings) -> Result<()> {

@@ -1,8 +1,8 @@
 //! `dormouse models`: what is known, what is here, and what is inside.
 
 mod inspect;
-mod machine;
 mod needed;
+mod pack_folder;
 mod report;
 
 use std::path::PathBuf;

@@ -7,12 +7,12 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow};
 use dormouse_models::decoder::Decoder;
+use dormouse_models::machine::Memory;
 use dormouse_models::pack::PackedWeights;
 use dormouse_models::weights::WeightSource;
 use dormouse_models::{ChatTemplate, ModelConfig, ModelError, ModelSource, Tokenizer};
 use serde_json::{Map, Value, json};
 
-use super::machine::Memory;
 use super::needed::{Needed, look_at_machine};
 use super::report::Report;
 use crate::config::Config;

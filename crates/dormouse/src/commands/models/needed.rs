@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use dormouse_kernels::{Isa, KvDtype, PAGE_TOKENS, PageLayout};
 use dormouse_models::decoder::Activations;
+use dormouse_models::machine::Memory;
 use dormouse_models::pack::HeldBytes;
 use dormouse_models::{ModelConfig, ModelSource};
 use serde_json::{Map, Value, json};
 
-use super::machine::{Memory, PackFolder};
+use super::pack_folder::PackFolder;
 use super::report::Report;
 use crate::assemble::pack_folders;
 use crate::config::Config;

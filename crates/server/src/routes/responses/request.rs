@@ -43,8 +43,13 @@ pub fn parse(fields: &Fields<'_>, random_seed: u64) -> Result<Parsed, ApiError> 
         }
     }
     // Ignored, it would let an answer run to the end of the context.
-    for name in ["max_tokens", "max_completion_tokens"].into_iter().filter(|name| fields.get(name).is_some()) {
-        return Err(ApiError::unsupported(name, format!("{name}: not supported here; use max_output_tokens")));
+    let misnamed =
+        ["max_tokens", "max_completion_tokens"].into_iter().find(|name| fields.get(name).is_some());
+    if let Some(name) = misnamed {
+        return Err(ApiError::unsupported(
+            name,
+            format!("{name}: not supported here; use max_output_tokens"),
+        ));
     }
     let (stream, background) = (flag(fields, "stream", false)?, flag(fields, "background", false)?);
     let store = flag(fields, "store", true)?;

@@ -1,4 +1,4 @@
-//! What this machine has for a model: memory, and a place for packed weights.
+//! A place for packed weights.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,34 +7,6 @@ use dormouse_kernels::packed::PACK_VERSION;
 use rustix::fs::Access;
 
 use crate::assemble::free_disk;
-
-/// Memory in bytes: what there is, and what programs may still take without others being pushed to disk.
-#[derive(Clone, Copy)]
-pub struct Memory {
-    pub total: u64,
-    pub available: u64,
-}
-
-impl Memory {
-    /// That of this machine, or of the container that this process is kept in, if it has less.
-    pub fn here() -> Memory {
-        let system = rustix::system::sysinfo();
-        let unit = u64::from(system.mem_unit);
-        let (total, free) =
-            ((system.totalram as u64).saturating_mul(unit), (system.freeram as u64).saturating_mul(unit));
-        let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| mem_available(&text));
-        let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-        let limit = limits.into_iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
-        let limit = limit.unwrap_or(u64::MAX);
-        Memory { total: total.min(limit), available: available.unwrap_or(free).min(limit) }
-    }
-}
-
-/// The line `MemAvailable:  123 kB` of `/proc/meminfo`, in bytes.
-fn mem_available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
 
 /// A folder that packed weights may be kept in.
 pub struct PackFolder {
@@ -71,14 +43,6 @@ impl PackFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn this_machine_has_memory() {
-        let memory = Memory::here();
-        assert!(memory.total > 1 << 20 && memory.available > 0 && memory.available <= memory.total);
-        assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:    3 kB\n"), Some(3072));
-        assert_eq!(mem_available("MemTotal: 9 kB\n"), None);
-    }
 
     #[test]
     fn a_pack_is_known_by_its_name_and_a_folder_that_is_not_there_by_its_parent() {
