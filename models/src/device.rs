@@ -93,18 +93,16 @@ impl Device {
     }
 
     /// The first GPU where this build has code for one, and there is one; else the CPU, and why.
-    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
     fn first(budget_bytes: Option<u64>) -> (Device, Option<String>) {
-        let mut reasons: Vec<String> = Vec::new();
-        #[cfg(feature = "metal")]
-        match metal(budget_bytes) {
-            Ok(device) => return (device, None),
-            Err(why) => reasons.push(why),
-        }
-        #[cfg(feature = "cuda")]
-        match cuda(0, budget_bytes) {
-            Ok(device) => return (device, None),
-            Err(why) => reasons.push(why),
+        type Open = fn(Option<u64>) -> Result<Device, String>;
+        let gpus: [(bool, Open); 2] =
+            [(cfg!(feature = "metal"), metal), (cfg!(feature = "cuda"), |budget| cuda(0, budget))];
+        let mut reasons = Vec::new();
+        for (_, open) in gpus.into_iter().filter(|(is_built, _)| *is_built) {
+            match open(budget_bytes) {
+                Ok(device) => return (device, None),
+                Err(why) => reasons.push(why),
+            }
         }
         let why = (!reasons.is_empty()).then(|| format!("{}; computing on the CPU", reasons.join("; ")));
         (Device::Cpu, why)
