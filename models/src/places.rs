@@ -139,7 +139,7 @@ impl Places {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, feature = "cuda"))]
     pub fn of(&self, page: &PagePtr) -> Option<usize> {
         self.held.get(page).map(|held| held.place)
     }
