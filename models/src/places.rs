@@ -160,3 +160,62 @@ pub(crate) fn fitting(sequences: &[Sequence<'_>], most: usize) -> usize {
     };
     sequences.iter().take_while(fits).count().max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pages that nobody reads: only their addresses count.
+    fn pages(count: usize) -> (Vec<[u32; 4]>, Vec<PagePtr>) {
+        let mut memory = vec![[0; 4]; count];
+        // SAFETY: nothing here looks at what the pointers point to.
+        let page = |bytes: &mut [u32; 4]| unsafe { PagePtr::new(bytes.as_mut_ptr().cast()) };
+        let pages = memory.iter_mut().map(page).collect();
+        (memory, pages)
+    }
+
+    /// A sequence that computes one more position behind all of these pages but the last position.
+    fn whole(pages: &[PagePtr]) -> Sequence<'_> {
+        Sequence { pages, first_row: 0, rows: 1, start: pages.len() * PAGE_TOKENS - 1 }
+    }
+
+    #[test]
+    fn the_least_recently_used_pages_make_room_and_what_a_pass_needs_stays() {
+        let (_memory, pages) = pages(4);
+        let (mut places, mut room) = (Places::default(), vec![0..2, 2..3]);
+        let mut grow = || room.pop().unwrap_or(0..0);
+        for one in [0..1, 1..2, 0..1, 2..3] {
+            places.place(&[whole(&pages[one.clone()])], &mut grow).unwrap();
+            places.wrote(&[whole(&pages[one])]);
+        }
+        // Three places: the second page is the one that was used longest ago.
+        places.place(&[whole(&pages[3..])], &mut grow).unwrap();
+        places.wrote(&[whole(&pages[3..])]);
+        places.place(&[whole(&pages[..1]), whole(&pages[2..3])], &mut grow).unwrap();
+        assert!(places.coming().is_empty());
+        places.place(&[whole(&pages[1..2])], &mut grow).unwrap();
+        assert_eq!(places.coming().len(), 1);
+        assert_eq!(places.place(&[whole(&pages)], &mut grow).unwrap_err().0, 3);
+        assert_eq!(fitting(&[whole(&pages[..2]), whole(&pages[1..3]), whole(&pages)], 3), 2);
+    }
+
+    #[test]
+    fn what_is_coming_is_as_much_of_a_page_as_any_sequence_needs_until_it_was_written() {
+        let (_memory, pages) = pages(2);
+        let mut places = Places::default();
+        let short = Sequence { pages: &pages, first_row: 0, rows: 1, start: 20 };
+        let placed = places.place(&[short, whole(&pages), short], &mut || 0..2).unwrap();
+        assert_eq!((placed[0], placed[1]), (placed[2], None), "a page behind the last row is not known");
+        let coming: Vec<usize> = places.coming().iter().map(|coming| coming.positions).collect();
+        assert_eq!(coming, [PAGE_TOKENS, PAGE_TOKENS - 1]);
+        // A pass that failed leaves nothing for there; one that ended does.
+        places.place(&[whole(&pages)], &mut || 0..0).unwrap();
+        assert_eq!(places.coming().len(), 2);
+        places.wrote(&[whole(&pages)]);
+        places.place(&[whole(&pages)], &mut || 0..0).unwrap();
+        assert!(places.coming().is_empty());
+        places.forget(&pages[1..]);
+        places.place(&[whole(&pages)], &mut || 0..0).unwrap();
+        assert_eq!(places.coming().len(), 1);
+    }
+}

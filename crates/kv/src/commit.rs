@@ -206,7 +206,7 @@ impl PagePool {
     }
 
     /// Where the path of a live table's session ends now.
-    fn set_leaf(&mut self, table: TableId, leaf: Option<u32>) {
+    pub(crate) fn set_leaf(&mut self, table: TableId, leaf: Option<u32>) {
         let Some(claim) = self.table_claims.get_mut(&table) else { return };
         claim.leaf = leaf;
         if let Some(kept) = self.kept.get_mut(&claim.session) {

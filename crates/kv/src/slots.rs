@@ -171,6 +171,8 @@ impl PagePool {
     pub fn set_claim(&mut self, table: &mut BlockTable, session: &str, leaf: Option<u32>) {
         let leaf = leaf.and_then(|slot| self.successor(slot));
         self.table_claims.insert(table.id, TableClaim { session: session.to_owned(), leaf });
+        // Who kept the session may have looked before its last commit.
+        self.set_leaf(table.id, leaf);
     }
 
     /// Keeps the pages of a session, whose path ends at `leaf`, until there are no others to evict.

@@ -208,6 +208,20 @@ fn the_least_recently_used_session_loses_its_pages_and_a_kept_one_only_when_ther
 }
 
 #[test]
+fn what_is_kept_of_a_session_is_what_its_next_table_claims() {
+    let mut rig = Rig::new(8);
+    let mut pool = rig.open();
+    let log = tokens(0, 70);
+    rig.fill(&mut pool, &log, 0);
+    // Whoever pins it looked at its row before that commit.
+    pool.keep(&name(0), None);
+    let mut table = attach(&mut pool, &log).table;
+    pool.set_claim(&mut table, &name(0), rig.catalog.leaves[&0].0);
+    check_pool(&pool, &[&table]);
+    pool.release(table);
+}
+
+#[test]
 fn what_was_just_used_outlives_what_a_session_claims_and_has_not_used_for_long() {
     let unclaim_last = |rig: &mut Rig, pool: &mut PagePool| {
         pool.unclaim(rig.catalog.leaves.remove(&2).unwrap().0.unwrap(), false);
