@@ -246,11 +246,14 @@ mod tests {
         let read = |format: Value| parsed(json!({ "response_format": format })).map(|it| it.format);
         assert_eq!(read(json!({"type": "json_object"})).unwrap(), OutputFormat::JsonObject);
         let schema = json!({"type": "object"});
+        let beside =
+            OutputFormat::JsonSchema { name: "answer".into(), schema: schema.clone(), strict: false };
+        assert_eq!(read(json!({"type": "json_object", "schema": schema})).unwrap(), beside);
         let named = json!({"name": "answer", "schema": schema, "strict": true, "description": "d"});
         let expected = OutputFormat::JsonSchema { name: "answer".into(), schema, strict: true };
         assert_eq!(read(json!({"type": "json_schema", "json_schema": named})).unwrap(), expected);
         for (param, format) in [
-            ("response_format", json!({"type": "xml"})),
+            ("response_format.type", json!({"type": "xml"})),
             ("response_format", json!("json_object")),
             ("response_format.json_schema", json!({"type": "json_schema"})),
             (
