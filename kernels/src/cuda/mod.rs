@@ -9,8 +9,6 @@ mod graph;
 mod memory;
 mod products;
 mod rows;
-#[cfg(test)]
-mod tests;
 mod uploads;
 
 pub use attention::{Append, Attend, Tile, tiles};

@@ -126,16 +126,21 @@ fn weights_of_other_precision_hold_the_same_model() {
     }
 }
 
-/// Those of floats are computed without tensor cores. Matrices that are rows of another one, experts that share a tensor, and blocks of every kind of alignment.
+/// Those of floats are computed without tensor cores. Matrices that are rows of another one, experts that share a tensor, and blocks
+/// of every kind of alignment; candle's product on the CPU takes rows of three blocks, as those of 96 values are, in two types only.
 #[test]
 fn quantised_files_compute_what_the_same_weights_as_floats_do() {
     for (name, ty) in [
         ("phi3", GgmlType::Q4_0),
         ("qwen3_moe", GgmlType::Q8_0),
-        ("llama", GgmlType::Q4_1),
-        ("gemma3", GgmlType::Q5_1),
+        ("llama", if IS_CUDA { GgmlType::Q4_1 } else { GgmlType::Q8_0 }),
+        ("gemma3", if IS_CUDA { GgmlType::Q5_1 } else { GgmlType::Q4_0 }),
     ] {
-        let case = case(name);
+        let mut case = case(name);
+        // Every expert is used, because a rounding that changes which are moves the logits by any amount.
+        if let Some(experts) = case.config.get("num_experts").cloned() {
+            case.gguf.as_mut().unwrap().set("expert_used_count", experts);
+        }
         let computer = |encoding| {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("model.gguf");

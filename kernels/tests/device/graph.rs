@@ -37,7 +37,7 @@ fn copies_are_recorded_too_and_a_graph_may_go_before_its_work_is_done() {
 fn what_cannot_be_recorded_is_an_error_and_the_device_computes_afterwards() {
     let gpu = gpu();
     let x = on_device(&gpu, &[1.0f32]);
-    let why = |recorded: Result<super::super::Graph, CudaError>| recorded.err().unwrap().to_string();
+    let why = |recorded: Result<Graph, CudaError>| recorded.err().unwrap().to_string();
     assert!(why(gpu.record(|| gpu.wait())).contains("cuStreamSynchronize"), "waiting");
     let taken = gpu.record(|| DeviceBuffer::<u8>::new(&gpu, 1, "a test").map(drop));
     assert!(why(taken).contains("cuMemAlloc_v2"), "device memory");

@@ -1,15 +1,21 @@
-//! The kernels against f64 and the CPU's. They need a device, or the emulated one that `scripts/check_cuda` brings along.
+//! The kernels of CUDA against f64 and the CPU's. They need a device, or the emulated one that `scripts/check_cuda` brings along.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
 
 mod attention;
 mod graph;
 mod products;
 mod rows;
+#[allow(dead_code)]
+#[path = "../../src/testing.rs"]
+mod testing;
 mod uploads;
 
 use std::sync::Arc;
 
-use super::memory::Plain;
-use super::{CudaError, DeviceBuffer, Gpu, Pinned, Span};
+use dormouse_kernels::cuda::{CudaError, DeviceBuffer, Gpu, Graph, Pinned, Plain, Span};
+use dormouse_kernels::{GgmlType, cpu, cuda, packed, page, quant};
 
 fn gpu() -> Arc<Gpu> {
     Gpu::open(0)
