@@ -12,6 +12,7 @@ mod outbox;
 mod output_text;
 mod pager;
 mod persist;
+mod sampler;
 pub mod sampling;
 mod speculation;
 mod stats;

@@ -9,6 +9,7 @@ use dormouse_models::{Model, Specials, TokenId};
 
 use crate::histogram::Distributions;
 use crate::outbox::Outbox;
+use crate::sampler::Sampler;
 use crate::sampling::History;
 use crate::speculation::{DraftSource, Drafter};
 use crate::{
@@ -136,13 +137,12 @@ impl Turn {
     }
 
     /// Takes the logits of the table's next positions, up to the last prompt token but one.
-    pub fn score<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) {
+    pub fn score<'a>(&mut self, sampler: &mut Sampler, rows: impl Iterator<Item = &'a [f32]>) {
         let Some(top) = self.spec.prompt_logprobs else { return };
         let unscored = self.unscored();
         let before = self.scores.len();
         let next = self.table.len() + 1;
-        let score =
-            |(logits, token): (&[f32], &TokenId)| crate::sampling::logprobs(logits, *token, usize::from(top));
+        let score = |(logits, token): (&[f32], &TokenId)| sampler.logprobs(logits, *token, usize::from(top));
         self.scores.extend(rows.zip(&self.log[next..]).map(score));
         if unscored > 0 && self.scores.len() - before == unscored {
             self.end_prompt();
@@ -172,10 +172,11 @@ impl Turn {
     }
 
     /// Chooses the next token from its logits and publishes it. None: the grammar failed, and with it the turn.
-    pub fn sample(&mut self, model: &Model, logits: &mut [f32]) -> Option<TokenId> {
+    pub fn sample(&mut self, model: &Model, sampler: &mut Sampler, logits: &mut [f32]) -> Option<TokenId> {
         let sampling = &self.spec.sampling;
         let raw = sampling.logprobs.map(|top| (logits.to_vec(), usize::from(top)));
-        let chosen = sampling.choose(logits, &self.history, self.constraint.as_mut(), self.log.len());
+        let position = self.log.len();
+        let chosen = sampler.choose(sampling, logits, &self.history, self.constraint.as_mut(), position);
         let token = match chosen {
             Ok(token) => token,
             Err(error) => {
@@ -183,7 +184,7 @@ impl Turn {
                 return None;
             }
         };
-        let logprob = raw.map(|(raw, top)| crate::sampling::logprobs(&raw, token, top));
+        let logprob = raw.map(|(raw, top)| sampler.logprobs(&raw, token, top));
         self.take(model, token, logprob);
         Some(token)
     }

@@ -19,6 +19,7 @@ use crate::faults::Faults;
 use crate::outbox::Outbox;
 use crate::pager::{PagedIn, Pager};
 use crate::persist::{Acknowledgement, Persister};
+use crate::sampler::Sampler;
 use crate::speculation::DraftSource;
 use crate::step_cost::{Pace, StepCost};
 use crate::turn::{COMMIT_INTERVAL, Ending, Turn, Waiting};
@@ -66,6 +67,7 @@ pub struct Worker {
     persister: Persister,
     pager: Pager,
     drafts: DraftSource,
+    sampler: Sampler,
     commands: mpsc::Receiver<Command>,
     /// What those know who do not wait for this thread.
     condition: Arc<Condition>,
@@ -129,6 +131,7 @@ impl Worker {
     ) -> Worker {
         let Parts { model, backend, page_file, drafts, stats, limits, outbox, stopping } = parts;
         let state = State { stats, stopping, ..State::default() };
+        let sampler = Sampler::new(backend.cpu());
         pool.set_cost_doubles_at(prompts::cost_doubles_at(model.config(), model.context()));
         Worker {
             model,
@@ -138,6 +141,7 @@ impl Worker {
             persister,
             pager,
             drafts,
+            sampler,
             commands,
             condition,
             faults,

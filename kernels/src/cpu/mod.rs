@@ -16,6 +16,7 @@ mod dots;
 mod floats;
 mod isa;
 mod lanes;
+pub mod logits;
 pub mod matmul;
 pub mod norm;
 mod pool;

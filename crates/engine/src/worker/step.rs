@@ -224,7 +224,8 @@ impl Worker {
         for slice in step.iter().filter(|slice| slice.layers.end == layers) {
             let turn = &mut state.running[slice.turn];
             if slice.scored > 0 {
-                turn.score(logits[row * vocab..(row + slice.scored) * vocab].chunks_exact(vocab));
+                let rows = logits[row * vocab..(row + slice.scored) * vocab].chunks_exact(vocab);
+                turn.score(&mut self.sampler, rows);
             }
             let sampled = row + slice.scored..row + slice.logit_rows();
             row = sampled.end;
@@ -235,10 +236,13 @@ impl Worker {
                         turn.take(&self.model, *token, None);
                         *token
                     }
-                    None => match turn.sample(&self.model, &mut logits[row * vocab..(row + 1) * vocab]) {
-                        Some(token) => token,
-                        None => break,
-                    },
+                    None => {
+                        let logits = &mut logits[row * vocab..(row + 1) * vocab];
+                        match turn.sample(&self.model, &mut self.sampler, logits) {
+                            Some(token) => token,
+                            None => break,
+                        }
+                    }
                 };
                 said += 1;
                 let right = turn.drafter.judge(at, token);

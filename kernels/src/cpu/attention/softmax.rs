@@ -10,13 +10,6 @@ pub struct Peak {
     pub sum: f32,
 }
 
-/// `e^x` for x ≤ 0, and exactly nothing where that is under 10⁻³⁰: for x = −∞, and where products with it would leave
-/// the normal numbers, which costs some processors a hundred cycles each.
-#[inline(always)]
-fn weight<L: Lanes>(x: L) -> L {
-    x.max(L::splat(-87.0)).exp_in_range().sub(L::splat(1e-30)).max(L::zero())
-}
-
 /// Turns `scores` into the weights `e^(score − maximum)`; nothing outside `seen` has a weight. Capped scores are
 /// `cap · tanh(score)`.
 #[inline(always)]
@@ -45,7 +38,7 @@ pub fn softmax<L: Lanes>(scores: &mut [f32], seen: Range<usize>, soft_cap: Optio
     let maximum = largest.largest();
     let mut sum = L::zero();
     for scores in vectors {
-        let weights = weight(L::load(scores).sub(L::splat(maximum)));
+        let weights = L::load(scores).sub(L::splat(maximum)).softmax_weight();
         weights.store(scores);
         sum = sum.add(weights);
     }
@@ -83,7 +76,7 @@ impl<'a> Partial<'a> {
             let (a, b) = (L::load(sixteen(self.maxima, first)), L::load(sixteen(next.maxima, first)));
             let maximum = a.max(b);
             // A query that has seen nothing has a maximum of −∞ and sums of zero, and takes the factor zero.
-            let (keep, take) = (weight(a.sub(maximum)), weight(b.sub(maximum)));
+            let (keep, take) = (a.sub(maximum).softmax_weight(), b.sub(maximum).softmax_weight());
             maximum.store(sixteen_mut(self.maxima, first));
             let next_sums = L::load(sixteen(next.sums, first)).mul(take);
             L::load(sixteen(self.sums, first)).mul_add(keep, next_sums).store(sixteen_mut(self.sums, first));
