@@ -1,6 +1,7 @@
 //! The choice of the next token, from its logits.
 //!
-//! It is a function of the logits, the settings, the tokens so far and the position alone. A vocabulary is long and few of its tokens
+//! It is a function of the logits, the settings, the tokens so far and the position alone, but for the rounding of sums, which is that
+//! of the tier's arithmetic: a draw that is closer to the border of two tokens than 10⁻⁶ may be either. A vocabulary is long and few of its tokens
 //! matter, so a row is read whole as seldom as can be, by vectors; what is sorted are the few.
 
 use dormouse_grammar::{Constraint, ConstraintError};
@@ -53,15 +54,17 @@ impl Sampler {
         position: usize,
     ) -> Result<u32, ConstraintError> {
         sampling.adjust(logits, history);
-        let mut best = self.likeliest(logits);
         if let Some(constraint) = constraint {
             // The likeliest of all is the likeliest of those that are allowed, if it is one of them: no need to know the others.
-            if sampling.is_greedy() && constraint.allows(best)? {
-                return Ok(best);
+            if sampling.is_greedy() {
+                let best = self.likeliest(logits);
+                if constraint.allows(best)? {
+                    return Ok(best);
+                }
             }
             constraint.mask(logits)?;
-            best = self.likeliest(logits);
         }
+        let best = self.likeliest(logits);
         if sampling.is_greedy() {
             return Ok(best);
         }
@@ -157,21 +160,25 @@ impl Sampler {
     fn draw_of_all(&mut self, logits: &[f32], largest: f32, scale: f64, uniform: f64) -> u32 {
         let mut left = self.sum(logits, largest, scale) * uniform;
         let mut drawn = None;
-        for (part, sum) in self.sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-            drawn = Some(part);
-            if left < f64::from(*sum) {
+        let sums = self.sums.iter().copied().map(f64::from).enumerate();
+        for (part, sum) in sums.filter(|(_, sum)| *sum > 0.0) {
+            drawn = Some((part, sum));
+            if left < sum {
                 break;
             }
-            left -= f64::from(*sum);
+            left -= sum;
         }
-        let Some(part) = drawn else { return 0 };
+        let Some((part, sum)) = drawn else { return 0 };
         let first = part * logits::PART;
         let tokens = &logits[first..logits.len().min(first + logits::PART)];
+        let weights = logits::terms(&self.cpu, tokens, largest, single(scale)).map(f64::from);
+        // The same place in the sum without its rounding.
+        left *= weights.iter().sum::<f64>() / sum;
         let mut token = first;
-        for (at, weight) in logits::terms(&self.cpu, tokens, largest, single(scale)).into_iter().enumerate() {
+        for (at, weight) in weights.into_iter().enumerate() {
             if weight > 0.0 {
                 token = first + at;
-                left -= f64::from(weight);
+                left -= weight;
             }
             if left < 0.0 {
                 break;
@@ -195,8 +202,9 @@ impl Sampler {
         }
     }
 
-    /// Keeps the tokens whose logits are no less than `least`, in their order.
+    /// Keeps the tokens whose logits are no less than `least`, in their order. What is forbidden, at −∞, is never kept.
     fn keep_from(&mut self, logits: &[f32], least: f32) {
+        let least = least.max(f32::MIN);
         self.kept.clear();
         for (part, most) in self.maxima.iter().enumerate() {
             if *most < least {
