@@ -199,11 +199,12 @@ def test_the_log_names_requests_and_never_says_what_was_said(form, start):
     assert SECRET not in log, [line for line in log.splitlines() if SECRET in line]
     if form == "text":
         (line,) = [line for line in log.splitlines() if "known-1" in line and "answered" in line]
-        assert "/v1/chat/completions" in line and "status=200" in line
+        assert "/v1/chat/completions" in line and "status=200" in line and 'turn="turn_' in line
     else:
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         (line,) = [line for line in lines if line.get("span", {}).get("id") == "known-1"]
         assert line["fields"]["status"] == 200 and line["span"]["path"] == "/v1/chat/completions"
+        assert line["span"]["turn"].startswith("turn_")
 
 
 def hang_up(server, word):

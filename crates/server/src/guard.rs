@@ -116,7 +116,8 @@ pub async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) 
     };
     // The query may hold anything; the path holds names and ids alone.
     let (method, path) = (request.method().as_str(), request.uri().path());
-    let span = tracing::info_span!("request", id = %id, method, path);
+    // The turn that it begins is recorded once it has an id: the engine's log lines name that.
+    let span = tracing::info_span!("request", id = %id, method, path, turn = tracing::field::Empty);
     let work = in_request(Arc::clone(&id), answer(gate, request, next)).instrument(span);
     let mut response = work.await;
     if let Ok(id) = HeaderValue::try_from(&*id) {

@@ -156,6 +156,8 @@ impl Runtime {
     ) -> Result<(), SessionError> {
         let alive = self.inner.keep_alive()?;
         self.inner.add_hub(&hub);
+        let span = Span::current();
+        span.record("turn", hub.turn.as_str());
         let runtime = self.clone();
         let driving = async move {
             runtime.run(run, &hub, submitted).await;
@@ -163,7 +165,7 @@ impl Runtime {
             runtime.inner.changed(&hub.session);
             drop(alive);
         };
-        tokio::spawn(request::go_on(request::current(), driving).instrument(Span::current()));
+        tokio::spawn(request::go_on(request::current(), driving).instrument(span));
         Ok(())
     }
 
