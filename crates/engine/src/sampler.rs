@@ -1,8 +1,8 @@
 //! The choice of the next token, from its logits.
 //!
 //! It is a function of the logits, the settings, the tokens so far and the position alone, but for the rounding of sums, which is that
-//! of the tier's arithmetic: a draw that is closer to the border of two tokens than 10⁻⁶ may be either. A vocabulary is long and few of its tokens
-//! matter, so a row is read whole as seldom as can be, by vectors; what is sorted are the few.
+//! of the tier's arithmetic: a draw that is closer to the border of two tokens than 10⁻⁶ may be either. A vocabulary is long and few
+//! of its tokens matter, so a row is read whole as seldom as can be, by vectors; what is sorted are the few.
 
 use dormouse_grammar::{Constraint, ConstraintError};
 use dormouse_kernels::Cpu;
