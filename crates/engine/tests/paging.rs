@@ -27,7 +27,7 @@ async fn parked(rig: &Rig, session: &str, seed: usize, length: usize) -> Option<
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_else_waits_for_pages_that_come_from_disk() {
-    let rig = rig(Duration::from_millis(40));
+    let rig = rig(Duration::from_millis(100));
     let Some(log) = parked(&rig, "cold", 1, 1200).await else { return };
     rig.create("talk").await;
     let mut talk = rig.begin("talk", 0, &prose(2, 20), &greedy(1500)).await;
@@ -50,7 +50,7 @@ async fn nobody_else_waits_for_pages_that_come_from_disk() {
     let (_, receipt) = rig.finish(cold).await;
     assert_eq!((receipt.restored_tokens, receipt.recomputed_tokens), (1200, 0));
     assert_eq!(receipt.tier, Tier::Disk);
-    assert!(receipt.bytes_read > 9 * page_bytes() && receipt.restore_ms > 40.0, "{receipt:?}");
+    assert!(receipt.bytes_read > 9 * page_bytes() && receipt.restore_ms > 100.0, "{receipt:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

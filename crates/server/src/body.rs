@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use futures::StreamExt;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout_at};
@@ -28,10 +28,24 @@ impl<S: Send + Sync> FromRequest<S> for JsonObject {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<JsonObject, ApiError> {
+        check_encoding(request.headers())?;
         let declared = request.headers().get(header::CONTENT_LENGTH);
         let declared = declared.and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
         let bytes = read(request.into_body(), declared).await?;
         parse_object(&bytes).map(JsonObject)
+    }
+}
+
+/// Bodies of some kilobytes on the way to one's own machine are sent as they are: none is unpacked here.
+fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let is_plain = |encoding: &HeaderValue| encoding.as_bytes().eq_ignore_ascii_case(b"identity");
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(encoding) if !is_plain(encoding) => {
+            let message =
+                format!("the request body is compressed ({encoding:?}); send it without Content-Encoding");
+            Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Some("body_compressed"), message))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -167,6 +181,19 @@ mod tests {
     fn deep_nesting_is_an_error_and_not_a_stack_overflow() {
         let deep = format!("{{\"a\":{}", "[".repeat(100_000));
         assert!(parse_object(deep.as_bytes()).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_compressed_body_is_refused_as_what_it_is() {
+        let ask = async |encoding: &str| {
+            let request =
+                Request::builder().header("content-encoding", encoding).body(Body::from("{}")).unwrap();
+            JsonObject::from_request(request, &()).await.map(|object| object.0)
+        };
+        let error = ask("gzip").await.unwrap_err();
+        assert_eq!(error.status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        assert!(error.message.contains("gzip"), "{}", error.message);
+        assert!(ask("Identity").await.unwrap().is_empty());
     }
 
     #[tokio::test]
