@@ -243,7 +243,7 @@ def test_more_requests_than_can_wait_are_told_to_come_again(server):
             while not enough.is_set():
                 try:
                     response = client.post(PATH, json=body)
-                except httpx.ReadTimeout:
+                except httpx.TimeoutException:
                     continue
                 if response.status_code == 429:
                     refused.append(response)
