@@ -9,10 +9,10 @@ use common::*;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_turn_whose_pages_others_need_pauses_and_says_the_same() {
     let roomy = Rig::new(PLAIN);
-    // Each of the two needs eight pages.
+    // Each of the two needs eight pages, most of them for its answer: they speak at once, however slowly prompts are read.
     let rig = Rig::within(tempfile::tempdir().unwrap(), PLAIN, CONTEXT, 11 * page_bytes());
-    let (one, two) = (prose(1, 250), prose(2, 250));
-    let ask = greedy(240);
+    let (one, two) = (prose(1, 40), prose(2, 40));
+    let ask = greedy(450);
     let (a, _) = roomy.answer("a", &one, &ask).await;
     let (b, _) = roomy.answer("b", &two, &ask).await;
     rig.create("a").await;
