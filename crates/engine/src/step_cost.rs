@@ -80,6 +80,16 @@ impl Pace {
         self.seconds = share * (self.seconds + seconds);
     }
 
+    /// A step took so long, this work and `others` seconds that the rest of it usually takes. What it took beyond or below what
+    /// was expected is part of both, as much as each is of it: of a disturbance, too, the work bears no more than its part.
+    pub fn observe_beside(&mut self, work: f64, seconds: f64, others: f64) {
+        let own = match self.per_second() {
+            0.0 => (seconds - others).max(seconds / 8.0),
+            pace => seconds * work / (work + others * pace),
+        };
+        self.observe(work, own);
+    }
+
     /// 0 before any was seen.
     pub fn per_second(&self) -> f64 {
         if self.seconds == 0.0 { 0.0 } else { self.work / self.seconds }
@@ -99,6 +109,24 @@ mod tests {
         assert!(pace.per_second() > 9_000.0, "{pace:?}");
         (0..200).for_each(|_| pace.observe(50.0, 0.010));
         assert!((pace.per_second() / 5_000.0 - 1.0).abs() < 0.05, "{pace:?}");
+    }
+
+    #[test]
+    fn the_pace_of_work_beside_other_work_is_found_from_any_first_guess_and_bears_its_part_of_disturbances() {
+        for first in [1_000.0, 10_000.0, 100_000.0] {
+            let mut pace = Pace::default();
+            pace.observe(first, 1.0);
+            (0..1000).for_each(|_| pace.observe_beside(30.0, 0.013, 0.010));
+            assert!((pace.per_second() / 10_000.0 - 1.0).abs() < 0.05, "{first}: {pace:?}");
+        }
+        let mut pace = Pace::default();
+        pace.observe(10_000.0, 1.0);
+        for step in 0..1000 {
+            // Never less than the work's true part: as if the system took its time from the steps that decode alone, too.
+            let (disturbed, work) = (step % 4 == 0, 0.3 * 0.010 * pace.per_second());
+            pace.observe_beside(work, 0.010 + work / 10_000.0 + if disturbed { 0.010 } else { 0.0 }, 0.0125);
+        }
+        assert!(pace.per_second() > 7_500.0, "{pace:?}");
     }
 
     fn after(steps: impl IntoIterator<Item = (usize, f64)>) -> StepCost {

@@ -111,6 +111,8 @@ struct State {
     /// Of steps without prompts, of prompts, and of reading pages.
     cost: StepCost,
     pace: Pace,
+    /// What the last step left of what it could spend on long prompts beside turns that decode.
+    unspent: f64,
     disk_pace: Pace,
     /// The last step could not be computed, and health says so.
     has_failed: bool,

@@ -89,6 +89,11 @@ impl Worker {
                 step.push(slice);
             }
         }
+        // A chunk goes through whole layers: the next step makes up for what that left of the budget, or took beyond it.
+        self.state.unspent = chunk.as_ref().map_or(0.0, |slice: &Slice| {
+            let layer = slice.work / slice.layers.len() as f64;
+            (budget.long - budget.spent).clamp(-layer, layer)
+        });
         // The decoder wants it last.
         step.extend(chunk);
     }
@@ -108,7 +113,7 @@ impl Worker {
         let config = self.model.config();
         let as_decoded = decoding as f64 * work(config, 0, 1, 0..config.layers) / usual;
         let bearable = usual * if pace == 0.0 { as_decoded } else { pace };
-        let (short, long) = (SHORT_SHARE * bearable, LONG_SHARE * bearable);
+        let (short, long) = (SHORT_SHARE * bearable, LONG_SHARE * bearable + self.state.unspent);
         Some(Budget { short, long, spent: 0.0, rows: STEP_ROWS_MOST - decoding.min(STEP_ROWS_MOST / 2) })
     }
 

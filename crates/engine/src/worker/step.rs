@@ -277,9 +277,8 @@ impl Worker {
         if work == 0.0 {
             self.state.cost.observe(decoding, took);
         } else {
-            // Without what the decoding rows among them take, which can be no more than a part of it.
             let usual = if decoding > 0 { self.state.cost.of(decoding as f64) } else { 0.0 };
-            self.state.pace.observe(work, (took - usual).max(took / 8.0));
+            self.state.pace.observe_beside(work, took, usual);
         }
     }
 }
