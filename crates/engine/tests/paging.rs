@@ -84,6 +84,28 @@ async fn what_two_turns_lack_is_read_and_computed_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_turn_whose_page_became_another_sessions_while_it_waited_claims_what_is_left_of_its_own() {
+    let faults = Faults { page_in_delay: Duration::from_secs(1), ..Faults::default() };
+    let options = EngineOptions { faults, ..PLAIN.into() };
+    let rig = Rig::within(tempfile::tempdir().unwrap(), options, CONTEXT, 7 * page_bytes());
+    let Some(log) = parked(&rig, "cold", 1, 180).await else { return };
+    let cold = rig.begin("cold", log.len(), &prose(3, 5), &greedy(2)).await;
+    // Six pages: all four that are free, and the last two of those that are being read.
+    rig.answer("other", &prose(2, 350), &greedy(2)).await;
+    let stats = rig.engine.stats().await.unwrap();
+    assert_eq!((stats.paging_in, stats.kv.evictions), (1, 2), "{stats:?}");
+    let (_, receipt) = rig.finish(cold).await;
+    assert_eq!(receipt.restored_tokens, 64);
+    // No claim of either is left behind, or was another's.
+    for session in ["cold", "other"] {
+        let leaf = rig.store.session(session).await.unwrap().leaf_slot;
+        rig.engine.unclaim(leaf, true).await;
+    }
+    let kv = rig.engine.stats().await.unwrap().kv;
+    assert_eq!((kv.slots_claimed, kv.slots_used), (0, 0), "{kv:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_engine_stops_while_pages_are_read() {
     let rig = rig(Duration::from_millis(300));
     let Some(log) = parked(&rig, "cold", 1, 1200).await else { return };

@@ -130,8 +130,9 @@ impl PagePool {
         true
     }
 
-    /// The page that stands for `slot`: itself, or the page that took its claims when it was removed.
-    pub(crate) fn successor(&self, slot: u32) -> Option<u32> {
+    /// The page that stands for `slot`: itself, or the page that took its claims when it was removed. That is known until the
+    /// commit that tells the catalog of the removal is acknowledged; after it the slot may be another page's.
+    pub fn successor(&self, slot: u32) -> Option<u32> {
         if self.tree.contains(slot) { Some(slot) } else { self.awaiting.get(&slot).copied().flatten() }
     }
 

@@ -7,6 +7,7 @@ use dormouse_models::TokenId;
 use dormouse_store::StepCommit;
 
 use super::Worker;
+use super::paging::Coming;
 use crate::EngineError;
 use crate::persist::{Acknowledgement, Commit};
 use crate::turn::{COMMIT_INTERVAL, COMMIT_TOKENS, Turn};
@@ -117,6 +118,11 @@ impl Worker {
 
     /// Of commits that failed together, the newest is withdrawn first: each gives back what it took over.
     pub(super) fn acknowledge(&mut self, group: Vec<Acknowledgement>) {
+        // Slots of removed pages become free below: who waits claims the pages that stand for them from here on.
+        let coming = self.state.coming.iter_mut().filter_map(Coming::waiting_mut);
+        for spec in self.state.queue.iter_mut().map(|waiting| &mut waiting.spec).chain(coming) {
+            spec.claim = spec.claim.and_then(|slot| self.pool.successor(slot));
+        }
         for done in group.iter().filter(|answer| answer.outcome.is_ok()) {
             self.pool.acknowledge(done.ticket);
             self.state.stats.commits += 1;

@@ -47,6 +47,13 @@ impl Coming {
         }
     }
 
+    pub fn waiting_mut(&mut self) -> Option<&mut TurnSpec> {
+        match &mut self.who {
+            Who::Waiting { waiting, .. } => Some(&mut waiting.spec),
+            _ => None,
+        }
+    }
+
     pub fn is_for_paused(&self, name: &str) -> bool {
         matches!(&self.who, Who::Paused(turn) if turn == name)
     }
