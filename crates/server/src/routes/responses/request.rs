@@ -174,21 +174,15 @@ fn format(fields: &Fields<'_>) -> Result<OutputFormat, ApiError> {
     let Some(text) = fields.object("text")? else { return Ok(OutputFormat::Text) };
     let text = Fields::inside(text, "text.");
     let Some(format) = text.object("format")? else { return Ok(OutputFormat::Text) };
-    let format = Fields::inside(format, "text.format.");
-    match format.string("type")? {
+    let inner = Fields::inside(format, "text.format.");
+    match inner.string("type")? {
         Some("text") => Ok(OutputFormat::Text),
         Some("json_object") => Ok(OutputFormat::JsonObject),
         Some("json_schema") => {
-            let schema =
-                format.object("schema")?.ok_or_else(|| format.expected("schema", "a JSON schema"))?;
-            let name = format.string("name")?.ok_or_else(|| format.expected("name", "a string"))?;
-            Ok(OutputFormat::JsonSchema {
-                name: name.to_owned(),
-                schema: Value::Object(schema.clone()),
-                strict: format.boolean("strict")?.unwrap_or(false),
-            })
+            inner.object("schema")?.ok_or_else(|| inner.expected("schema", "a JSON schema"))?;
+            generation::json_schema(format, "text.format.")
         }
-        _ => Err(format.expected("type", "one of text, json_object, json_schema")),
+        _ => Err(inner.expected("type", "one of text, json_object, json_schema")),
     }
 }
 
@@ -378,6 +372,12 @@ mod tests {
             ("tool_choice", json!("maybe"), "tool_choice"),
             ("text", json!({"format": {"type": "xml"}}), "text.format.type"),
             ("text", json!({"format": {"type": "json_schema", "name": "n"}}), "text.format.schema"),
+            (
+                "text",
+                json!({"format": {"type": "json_schema", "schema": {}, "name": "two words"}}),
+                "text.format.name",
+            ),
+            ("text", json!({"format": {"type": "json_schema", "schema": {}}}), "text.format.name"),
             ("include", json!(["everything"]), "include"),
             ("truncation", json!("some"), "truncation"),
             ("max_output_tokens", json!(0), "max_output_tokens"),
