@@ -54,8 +54,8 @@ impl StepCost {
     fn of_a_row(&self) -> f64 {
         let guess = ROW_SHARE * self.seconds;
         let slope = (self.covariance + TRUSTED_VARIANCE * guess) / (self.variance + TRUSTED_VARIANCE);
-        // A row costs something, and no more than its part of a step.
-        slope.clamp(0.01 * self.seconds, self.seconds / self.rows.max(1.0))
+        // A row costs something, and no more than its part of a step, which can be less than that.
+        slope.max(0.01 * self.seconds).min(self.seconds / self.rows.max(1.0))
     }
 }
 
@@ -113,21 +113,27 @@ mod tests {
 
     #[test]
     fn the_pace_of_work_beside_other_work_is_found_from_any_first_guess_and_bears_its_part_of_disturbances() {
-        // A step has decoding of 10 ms, and as much work as should take 5 ms more. The system takes 10 ms of every fourth step,
-        // and of those that only decode, which are known to take 12.5 ms then.
-        let after = |first: f64, taken: f64| {
+        // A step has decoding of 10 ms, and as much work as should take 5 ms more. Of every few steps the system takes some time,
+        // of those that only decode as well.
+        let after = |first: f64, taken: f64, every: u32| {
             let mut pace = Pace::default();
             pace.observe(first, 1.0);
             for step in 0..1000 {
                 let work = 0.005 * pace.per_second();
-                let disturbance = if step % 4 == 0 { taken } else { 0.0 };
-                pace.observe_beside(work, 0.010 + work / 10_000.0 + disturbance, 0.010 + taken / 4.0);
+                let disturbance = if step % every == 0 { taken } else { 0.0 };
+                pace.observe_beside(
+                    work,
+                    0.010 + work / 10_000.0 + disturbance,
+                    0.010 + taken / f64::from(every),
+                );
             }
             pace.per_second()
         };
         for first in [1_000.0, 10_000.0, 100_000.0] {
-            assert!((after(first, 0.0) / 10_000.0 - 1.0).abs() < 0.05, "{first}: {}", after(first, 0.0));
-            assert!(after(first, 0.010) > 7_500.0, "{first}: {}", after(first, 0.010));
+            for (taken, every, within) in [(0.0, 1, 0.05), (0.020, 4, 0.2), (0.040, 8, 0.2)] {
+                let pace = after(first, taken, every);
+                assert!((pace / 10_000.0 - 1.0).abs() < within, "{first}, {taken} of {every}: {pace}");
+            }
         }
     }
 
@@ -158,6 +164,12 @@ mod tests {
         assert!(compute_bound.pays(1, 1.0, 0.5));
         assert!(!compute_bound.pays(8, 8.0, 0.5));
         assert!(compute_bound.pays(8, 8.0, 0.95));
+    }
+
+    #[test]
+    fn steps_of_very_many_rows_are_steps_like_others() {
+        let cost = after([(300, 0.1); 50]);
+        assert!((cost.of(300.0) - 0.1).abs() < 0.001 && cost.of_a_row() > 0.0, "{cost:?}");
     }
 
     #[test]

@@ -111,7 +111,8 @@ struct State {
     /// Of steps without prompts, of prompts, and of reading pages.
     cost: StepCost,
     pace: Pace,
-    /// What the last step left of what it could spend on long prompts beside turns that decode.
+    /// What a long prompt's last chunk left of what a step may spend on it beside turns that decode, in the decoder's measure: a
+    /// layer at most, and below 0 where it took more.
     unspent: f64,
     disk_pace: Pace,
     /// The last step could not be computed, and health says so.

@@ -85,7 +85,7 @@ async fn what_two_turns_lack_is_read_and_computed_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_turn_whose_page_became_another_sessions_while_it_waited_claims_what_is_left_of_its_own() {
-    let faults = Faults { page_in_delay: Duration::from_secs(2), ..Faults::default() };
+    let faults = Faults { page_in_delay: Duration::from_secs(3), ..Faults::default() };
     let options = EngineOptions { faults, ..PLAIN.into() };
     let rig = Rig::within(tempfile::tempdir().unwrap(), options, CONTEXT, 7 * page_bytes());
     let Some(log) = parked(&rig, "cold", 1, 180).await else { return };

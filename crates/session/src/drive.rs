@@ -197,6 +197,12 @@ impl Runtime {
                     // An error means that the other turn is gone, which opens the gate as well.
                     gate.wait_for(|open| *open).await.ok();
                 }
+                // Pages of its path may have gone since its turn began: the catalog knows where that ends now.
+                let row = self.inner.store.session(&run.spec.session).await;
+                let row = row.map_err(|why| EngineError::Storage(why.to_string()))?;
+                if row.fence == run.spec.fence {
+                    run.lease(&row);
+                }
                 let (listener, end) = Hearing::of(run, hub, &self.inner);
                 run.engine.submit(run.spec.clone(), listener)?;
                 Submitted(end)

@@ -74,6 +74,7 @@ impl Worker {
             prompts.sort_by_key(|index| running[*index].pending());
         }
         let mut chunk = None;
+        let mut unspent = 0.0;
         for index in prompts {
             let Some(slice) = self.prompt_slice(index, decoding > 0, &budget, chunk.is_some()) else {
                 continue;
@@ -84,16 +85,17 @@ impl Worker {
             budget.spent += slice.work;
             budget.rows = budget.rows.saturating_sub(slice.rows);
             if slice.is_chunk(self.model.config().layers) {
+                if decoding > 0 && !self.is_short(&self.state.running[index]) {
+                    // It goes through whole layers: the next step makes up for what that left of the budget, or took beyond it.
+                    let layer = slice.work / slice.layers.len() as f64;
+                    unspent = (budget.long - budget.spent).clamp(-layer, layer);
+                }
                 chunk = Some(slice);
             } else {
                 step.push(slice);
             }
         }
-        // A chunk goes through whole layers: the next step makes up for what that left of the budget, or took beyond it.
-        self.state.unspent = chunk.as_ref().map_or(0.0, |slice: &Slice| {
-            let layer = slice.work / slice.layers.len() as f64;
-            (budget.long - budget.spent).clamp(-layer, layer)
-        });
+        self.state.unspent = unspent;
         // The decoder wants it last.
         step.extend(chunk);
     }
@@ -122,10 +124,7 @@ impl Worker {
         let (state, config) = (&self.state, self.model.config());
         let (index, turn, layers) = (turn, &state.running[turn], config.layers);
         let (start, pending, unscored) = (turn.table.len(), turn.pending(), turn.unscored());
-        let restored = turn.receipt.restored_tokens.min(start);
-        let whole = work(config, restored, turn.log.len() - restored, 0..layers);
-        let is_short = whole <= state.pace.per_second() * STEP_SECONDS;
-        let left = if is_short { budget.short } else { budget.long } - budget.spent;
+        let left = if self.is_short(turn) { budget.short } else { budget.long } - budget.spent;
         if budget.rows == 0 || left <= 0.0 && beside {
             return None;
         }
@@ -151,6 +150,13 @@ impl Worker {
         let samples = rows == pending && layers.end == config.layers && turn.spec.max_tokens > 0;
         let work = work(config, start, rows, layers.clone());
         Some(Slice { turn: index, rows, draft: 0, scored: unscored.min(rows), samples, layers, work })
+    }
+
+    /// A prompt that would take no more than a step of its own.
+    fn is_short(&self, turn: &Turn) -> bool {
+        let (config, restored) = (self.model.config(), turn.receipt.restored_tokens.min(turn.table.len()));
+        let whole = work(config, restored, turn.log.len() - restored, 0..config.layers);
+        whole <= self.state.pace.per_second() * STEP_SECONDS
     }
 
     /// The rows that a step without end would have: those that guesses may take are a part of it.

@@ -166,7 +166,12 @@ fn blame(error: SessionError, conversation: bool) -> ApiError {
         _ if is_previous => Some("previous_response_id".into()),
         Some("messages") => Some("input".into()),
         Some(param) if param.starts_with("response_format") => {
-            Some(param.replacen("response_format", "text.format", 1))
+            let own = |text: &str| {
+                let text = text.replacen("response_format.json_schema", "text.format", 1);
+                text.replacen("response_format", "text.format", 1)
+            };
+            error.message = own(&error.message);
+            Some(own(param))
         }
         param => param.map(String::from),
     };
