@@ -324,11 +324,13 @@ impl Rig {
     }
 }
 
-/// The files as a kill -9 at this moment would leave them.
+/// The files as a kill -9 at this moment would leave them: pages are written before the catalog names them, and so are copied after it.
 pub fn copy(from: &Path) -> tempfile::TempDir {
     let to = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
+    let mut entries: Vec<_> = std::fs::read_dir(from).unwrap().map(Result::unwrap).collect();
+    entries
+        .sort_by_key(|entry| (entry.path().extension().is_some_and(|it| it == "pages"), entry.file_name()));
+    for entry in entries {
         if entry.file_type().unwrap().is_file() {
             std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
         }
